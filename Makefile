@@ -1,0 +1,53 @@
+# Everything starts from a clone, Python >= 3.11 and make.
+#
+#   make run     serve the default fleet: two pools on this machine, one endpoint
+#   make test    the whole test suite
+#   make lint    ruff and mypy
+#   make bench   how fast it is here
+#   make lock    remake the lock files after a change to pyproject.toml
+#
+# PYTHON=/path/to/python chooses the interpreter; ARGS="..." is passed on to the command.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+LOCKS := requirements-dev.lock requirements-model.lock
+STAMP := $(VENV)/.installed
+
+.PHONY: help install run test lint format bench lock clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## make .venv from the lock files (quick when nothing changed)
+
+# The stamp holds a digest of what was installed, so that a checkout that only touches files costs nothing.
+$(STAMP): pyproject.toml $(LOCKS) tools/install.sh
+	@bash tools/install.sh
+
+run: install  ## serve the default fleet (ARGS="my-fleet.toml --port 9000")
+	@$(BIN)/anypool up $(ARGS)
+
+test: install  ## run the whole test suite (ARGS="tests/pools -k drain")
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: install  ## ruff check, ruff format --check, mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: install  ## let ruff mend what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: install  ## measure the server on this machine (ARGS="--format json")
+	@$(BIN)/anypool bench serve $(ARGS)
+
+lock: install  ## remake requirements*.lock (versions and hashes, no index addresses)
+	@bash tools/lock.sh
+
+clean:  ## remove .venv and caches
+	@rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
