@@ -1,0 +1,152 @@
+"""The Llama family, written once: Llama, SmolLM2, Mistral, Qwen2 and Qwen3 differ only by flags of the configuration.
+
+The forward pass is given its kernels and its way of attending, so the same lines train on whole sequences and serve
+from a paged cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from anypool.models.config import ModelConfig
+from anypool.models.params import parameters, param, repeated
+from anypool.ops import Kernels, rotary_tables, rotate
+from anypool.ops.attention import attention, causal_mask
+
+# B batch  T token  D model width  N query head  K key-value head  H head width  F MLP width  V vocabulary
+
+
+def _attention_bias(config: ModelConfig) -> bool:
+    return config.attention_bias
+
+
+def _qk_norm(config: ModelConfig) -> bool:
+    return config.qk_norm
+
+
+def _mlp_bias(config: ModelConfig) -> bool:
+    return config.mlp_bias
+
+
+@parameters
+class Layer:
+    attention_norm: Array = param("embed", hf="input_layernorm.weight", init="ones")
+    q: Array = param("heads", "embed", hf="self_attn.q_proj.weight")
+    k: Array = param("kv_heads", "embed", hf="self_attn.k_proj.weight")
+    v: Array = param("kv_heads", "embed", hf="self_attn.v_proj.weight")
+    o: Array = param("embed", "heads", hf="self_attn.o_proj.weight")
+    mlp_norm: Array = param("embed", hf="post_attention_layernorm.weight", init="ones")
+    gate: Array = param("mlp", "embed", hf="mlp.gate_proj.weight")
+    up: Array = param("mlp", "embed", hf="mlp.up_proj.weight")
+    down: Array = param("embed", "mlp", hf="mlp.down_proj.weight")
+    q_bias: Array | None = param("heads", hf="self_attn.q_proj.bias", init="zeros", when=_attention_bias)
+    k_bias: Array | None = param("kv_heads", hf="self_attn.k_proj.bias", init="zeros", when=_attention_bias)
+    v_bias: Array | None = param("kv_heads", hf="self_attn.v_proj.bias", init="zeros", when=_attention_bias)
+    o_bias: Array | None = param(
+        "embed", hf="self_attn.o_proj.bias", init="zeros", when=lambda config: config.attention_out_bias
+    )
+    q_norm: Array | None = param("head_dim", hf="self_attn.q_norm.weight", init="ones", when=_qk_norm)
+    k_norm: Array | None = param("head_dim", hf="self_attn.k_norm.weight", init="ones", when=_qk_norm)
+    gate_bias: Array | None = param("mlp", hf="mlp.gate_proj.bias", init="zeros", when=_mlp_bias)
+    up_bias: Array | None = param("mlp", hf="mlp.up_proj.bias", init="zeros", when=_mlp_bias)
+    down_bias: Array | None = param("embed", hf="mlp.down_proj.bias", init="zeros", when=_mlp_bias)
+
+
+@parameters
+class Decoder:
+    embed: Array = param("vocab", "embed", hf="model.embed_tokens.weight")
+    layers: tuple[Layer, ...] = repeated(Layer, hf="model.layers.{i}.")
+    norm: Array = param("embed", hf="model.norm.weight", init="ones")
+    head: Array | None = param("vocab", "embed", hf="lm_head.weight", when=lambda config: not config.tie_embeddings)
+
+
+Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+"""(q (..., N, H), k (..., K, H), v (..., K, H), a layer's cache) -> (output (..., N, H), the cache with k and v)."""
+
+
+def forward(
+    params: Decoder,
+    tokens: Array,
+    positions: Array,
+    caches: tuple[Any, ...],
+    attend: Attend,
+    config: ModelConfig,
+    kernels: Kernels,
+) -> tuple[Array, tuple[Any, ...]]:
+    """Hidden states after the final norm, and the caches.
+
+    Args:
+        tokens, positions: int (...), of one shape.
+        caches: one for each layer, handed through `attend`.
+
+    Returns:
+        hidden (..., D), and one cache for each layer.
+    """
+    x = kernels.linear.embed(params.embed, tokens)
+    angles = rotary_tables(positions, config.rope.inverse_frequencies(config.head_dim), config.rope.attention_factor)
+    written = []
+    for layer, cache in zip(params.layers, caches, strict=True):
+        x, cache = block(layer, x, angles, cache, attend, config, kernels)
+        written.append(cache)
+    return kernels.rms_norm(x, params.norm, config.rms_norm_eps), tuple(written)
+
+
+def block(
+    layer: Layer,
+    x_D: Array,
+    angles: tuple[Array, Array],
+    cache: Any,
+    attend: Attend,
+    config: ModelConfig,
+    kernels: Kernels,
+) -> tuple[Array, Any]:
+    """One pre-norm transformer block: attention, then a gated MLP, each added to the residual."""
+    lead, linear, eps = x_D.shape[:-1], kernels.linear.apply, config.rms_norm_eps
+    h = kernels.rms_norm(x_D, layer.attention_norm, eps)
+    q, k, v = linear(h, layer.q, layer.k, layer.v)
+    q = _plus(q, layer.q_bias).reshape(*lead, config.num_heads, config.head_dim)
+    k = _plus(k, layer.k_bias).reshape(*lead, config.num_kv_heads, config.head_dim)
+    v = _plus(v, layer.v_bias).reshape(*lead, config.num_kv_heads, config.head_dim)
+    if layer.q_norm is not None and layer.k_norm is not None:
+        q, k = kernels.rms_norm(q, layer.q_norm, eps), kernels.rms_norm(k, layer.k_norm, eps)
+    out, cache = attend(rotate(q, *angles), rotate(k, *angles), v, cache)
+    (out,) = linear(out.reshape(*lead, -1), layer.o)
+    x_D = x_D + _plus(out, layer.o_bias)
+    gate, up = linear(kernels.rms_norm(x_D, layer.mlp_norm, eps), layer.gate, layer.up)
+    (down,) = linear(kernels.silu_mul(_plus(gate, layer.gate_bias), _plus(up, layer.up_bias)), layer.down)
+    return x_D + _plus(down, layer.down_bias), cache
+
+
+def logits(params: Decoder, hidden_D: Array, kernels: Kernels) -> Array:
+    """Scores of every next token in f32: (..., D) -> (..., V)."""
+    table = params.embed if params.head is None else params.head
+    scores: Array = kernels.linear.logits(hidden_D, table)
+    return scores
+
+
+def forward_dense(
+    params: Decoder, tokens_BT: Array, segments_BT: Array, config: ModelConfig, kernels: Kernels
+) -> Array:
+    """Hidden states (B, T, D) of whole sequences: no cache, each token sees its own segment up to itself.
+
+    segments_BT: int; tokens of one segment are neighbours, and positions count from each segment's first token.
+    """
+    T = tokens_BT.shape[1]
+    order = jnp.arange(T)
+    same = segments_BT[:, :, None] == segments_BT[:, None, :]
+    positions = order - jnp.min(jnp.where(same, order, T), axis=-1)
+    mask = causal_mask(segments_BT, config.sliding_window)
+
+    def attend(q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
+        return attention(q, k, v, mask, config.head_dim**-0.5), None
+
+    hidden, _ = forward(params, tokens_BT, positions, (None,) * config.num_layers, attend, config, kernels)
+    return hidden
+
+
+def _plus(x: Array, bias: Array | None) -> Array:
+    return x if bias is None else x + bias

@@ -1,0 +1,149 @@
+"""Parameters declared once: from one line follow a tensor's shape, sharding, initial value and name in a checkpoint.
+
+    @parameters
+    class Layer:
+        q: Array = param("heads", "embed", hf="self_attn.q_proj.weight")
+
+`specs(Model, config)` is the same tree with a `Spec` in place of every array; `load`, `initial` and `abstract` map it to
+arrays from a checkpoint, to fresh ones, and to shapes without memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import numpy as np
+
+from anypool.models.config import ModelConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is declared of one tensor. `axes` names each dimension's logical axis; `shape` is its size in a model."""
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    init: str
+
+    def initial(self, seed: int, std: float = 0.02) -> np.ndarray:
+        """The tensor's first value in f32: a pure function of the seed and the tensor's name."""
+        if self.init != "normal":
+            return np.full(self.shape, 1.0 if self.init == "ones" else 0.0, np.float32)
+        key = hashlib.blake2b(f"{seed}/{self.name}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+        return generator.standard_normal(self.shape, np.float32) * np.float32(std)
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+    """Size of every logical axis in a model."""
+    return {
+        "vocab": config.vocab_size,
+        "embed": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "heads": config.num_heads * config.head_dim,
+        "kv_heads": config.num_kv_heads * config.head_dim,
+        "head_dim": config.head_dim,
+    }
+
+
+def param(
+    *axes: str, hf: str, init: str = "normal", when: Callable[[ModelConfig], bool] = lambda config: True
+) -> Any:
+    """Declares a tensor: its logical axes, Hugging Face name, initial value (normal, ones, zeros), and whether a model has it."""
+    return field(metadata={"axes": axes, "hf": hf, "init": init, "when": when})
+
+
+def repeated(module: type, hf: str) -> Any:
+    """Declares a tuple with one `module` for each layer; `{i}` in `hf` is the layer's number."""
+    return field(metadata={"module": module, "hf": hf})
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(param, repeated))
+def parameters(cls: type[T]) -> type[T]:
+    """Makes a class of declarations a frozen dataclass that JAX treats as a tree."""
+    made = dataclass(frozen=True)(cls)
+    return jax.tree_util.register_dataclass(made, [f.name for f in fields(made)], [])  # type: ignore[arg-type, return-value]
+
+
+def specs(module: type[T], config: ModelConfig, prefix: str = "") -> T:
+    """The tree of a module with a `Spec` for every tensor that this model has, and None for those it has not."""
+    sizes, values = axis_sizes(config), {}
+    for item in fields(module):  # type: ignore[arg-type]
+        declared = item.metadata
+        if "module" in declared:
+            names = (prefix + declared["hf"].format(i=i) for i in range(config.num_layers))
+            values[item.name] = tuple(specs(declared["module"], config, name) for name in names)
+        elif declared["when"](config):
+            shape = tuple(sizes[axis] for axis in declared["axes"])
+            values[item.name] = Spec(prefix + declared["hf"], declared["axes"], shape, declared["init"])
+        else:
+            values[item.name] = None
+    return module(**values)
+
+
+def each(tree: T, function: Callable[[Spec], Any]) -> T:
+    """The tree with `function(spec)` in place of every spec."""
+    return jax.tree.map(function, tree, is_leaf=lambda leaf: isinstance(leaf, Spec))
+
+
+def all_specs(tree: Any) -> list[Spec]:
+    """Every spec of a tree, in the order of declaration."""
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Spec))
+
+
+def abstract(tree: T, dtype: Any) -> T:
+    """Shapes and dtypes without memory."""
+    return each(tree, lambda spec: jax.ShapeDtypeStruct(spec.shape, dtype))
+
+
+def load(
+    tree: T,
+    tensors: Mapping[str, np.ndarray],
+    place: Callable[[Spec, np.ndarray], Any],
+    progress: Callable[[int, int], None] | None = None,
+) -> T:
+    """Every tensor of a tree from a checkpoint, each handed to `place(spec, array)` as it is read.
+
+    Args:
+        tensors: by Hugging Face name, for instance `Checkpoint.open(directory)`.
+        place: makes the array that goes into the tree: converts, packs, moves to a device.
+        progress: called with (tensors done, tensors in all).
+
+    Raises:
+        ValueError: a tensor is missing or has another shape; names it.
+    """
+    total, done = len(all_specs(tree)), 0
+
+    def one(spec: Spec) -> Any:
+        nonlocal done
+        array = read(tensors, spec)
+        placed = place(spec, array)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return placed
+
+    return each(tree, one)
+
+
+def read(tensors: Mapping[str, np.ndarray], spec: Spec) -> np.ndarray:
+    """One tensor, checked against its declaration. Raises ValueError when it is missing or has another shape."""
+    if spec.name not in tensors:
+        raise ValueError(f"the checkpoint has no tensor {spec.name!r}, which config.json says this model has")
+    array = tensors[spec.name]
+    if array.shape != spec.shape:
+        raise ValueError(f"tensor {spec.name!r} has shape {array.shape}; config.json makes it {spec.shape}")
+    return array
+
+
+def initial(tree: T, seed: int) -> T:
+    """Fresh f32 values on the host."""
+    return each(tree, partial(Spec.initial, seed=seed))
