@@ -1,4 +1,4 @@
-"""The model, written once: configuration, parameters, forward pass, Hugging Face weights and tokenizer in and out.
+"""The model, written once: configuration, parameters, forward pass, Hugging Face weights and tokenizer.
 
 Other rooms use:
 - `resolve(model, progress)` -> the Hugging Face directory of a bundled name, a path, a GGUF file or a hub id;
@@ -21,6 +21,7 @@ from anypool.models.errors import (
 )
 from anypool.models.rope import RopeConfig
 from anypool.models.source import BUNDLED, resolve
+from anypool.models.tokenizer import Tokenizer
 from anypool.models.weights import Checkpoint
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ModelError",
     "ModelNotFoundError",
     "RopeConfig",
+    "Tokenizer",
     "TokenizerError",
     "UnsupportedModelError",
     "WeightsError",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +79,7 @@ class ModelConfig:
         path = directory / "config.json"
         if not path.is_file():
             raise ConfigError(f"{directory} has no config.json; a Hugging Face model directory is expected")
-        config = cls.from_hf(read_json(path))
-        generation = directory / "generation_config.json"
-        if not generation.is_file():
-            return config
-        # Instruct models list further ending tokens there only (Llama 3: <|eot_id|>), and `generate` obeys
-        # it.
-        ids = _token_ids(_Fields(read_json(generation), "generation_config.json"), default=None)
-        return config if not ids else _replace(config, eos_token_ids=ids)
+        return replace(cls.from_hf(read_json(path)), eos_token_ids=ending_tokens(directory))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], file: str = "config.json") -> ModelConfig:
@@ -192,9 +185,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _replace(config: ModelConfig, **changes: Any) -> ModelConfig:
-    values = {name: getattr(config, name) for name in asdict(config)}
-    return ModelConfig(**(values | changes))
+def ending_tokens(directory: Path) -> tuple[int, ...]:
+    """The tokens that end a text, from `generation_config.json` or else `config.json`. Raises ConfigError."""
+    # Instruct models list all of them in the former only (Llama 3: <|eot_id|>), and `generate` obeys it.
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if path.is_file():
+            values = read_json(path)
+            family = _FAMILIES.get(str(values.get("model_type")))
+            ids = _token_ids(_Fields(values, name), default=family.eos if family else None)
+            if ids:
+                return ids
+    return ()
 
 
 @dataclass(frozen=True)
