@@ -113,19 +113,16 @@ def load(
     """Every tensor of a tree from a checkpoint, each handed to `place(spec, array)` as it is read.
 
     Args:
-        tensors: by Hugging Face name, for instance `Checkpoint.open(directory)`.
+        tensors: by Hugging Face name, for instance `Checkpoint.open(directory)`; `Checkpoint.check` compares their
+            shapes with `shapes(tree)` beforehand.
         place: makes the array that goes into the tree: converts, packs, moves to a device.
         progress: called with (tensors done, tensors in all).
-
-    Raises:
-        ValueError: a tensor is missing or has another shape; names it.
     """
     total, done = len(all_specs(tree)), 0
 
     def one(spec: Spec) -> Any:
         nonlocal done
-        array = read(tensors, spec)
-        placed = place(spec, array)
+        placed = place(spec, tensors[spec.name])
         done += 1
         if progress is not None:
             progress(done, total)
@@ -134,14 +131,9 @@ def load(
     return each(tree, one)
 
 
-def read(tensors: Mapping[str, np.ndarray], spec: Spec) -> np.ndarray:
-    """One tensor, checked against its declaration. Raises ValueError when it is missing or has another shape."""
-    if spec.name not in tensors:
-        raise ValueError(f"the checkpoint has no tensor {spec.name!r}, which config.json says this model has")
-    array = tensors[spec.name]
-    if array.shape != spec.shape:
-        raise ValueError(f"tensor {spec.name!r} has shape {array.shape}; config.json makes it {spec.shape}")
-    return array
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor by Hugging Face name."""
+    return {spec.name: spec.shape for spec in all_specs(tree)}
 
 
 def initial(tree: T, seed: int) -> T:

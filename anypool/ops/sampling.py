@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from anypool.ops.random import gumbel
@@ -44,16 +45,32 @@ class SamplingRows:
     edit_seen: f32 (R, E), 1 where the repetition penalty applies. Unused edits are id 0 with bias 0 and seen 0.
     """
 
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    seed: Array
-    position: Array
-    repetition: Array
-    edit_ids: Array
-    edit_bias: Array
-    edit_seen: Array
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    min_p: Array | np.ndarray
+    seed: Array | np.ndarray
+    position: Array | np.ndarray
+    repetition: Array | np.ndarray
+    edit_ids: Array | np.ndarray
+    edit_bias: Array | np.ndarray
+    edit_seen: Array | np.ndarray
+
+    @classmethod
+    def neutral(cls, rows: int, edits: int) -> "SamplingRows":
+        """Greedy rows that edit nothing, as NumPy arrays to be filled in."""
+        return cls(
+            temperature=np.zeros(rows, np.float32),
+            top_k=np.zeros(rows, np.int32),
+            top_p=np.ones(rows, np.float32),
+            min_p=np.zeros(rows, np.float32),
+            seed=np.zeros((rows, 2), np.uint32),
+            position=np.zeros(rows, np.int32),
+            repetition=np.ones(rows, np.float32),
+            edit_ids=np.zeros((rows, edits), np.int32),
+            edit_bias=np.zeros((rows, edits), np.float32),
+            edit_seen=np.zeros((rows, edits), np.float32),
+        )
 
 
 @jax.tree_util.register_dataclass
