@@ -64,9 +64,7 @@ class ExternalPool:
     def _judge(self, answer: Answer, over: bool) -> None:
         before = self.state.state
         if answer.status in (401, 403):
-            error = (
-                f"HTTP {answer.status} from /v1/models: check the key in the variable that api_key_env names"
-            )
+            error = f"HTTP {answer.status} from /v1/models: check the key in the variable that api_key_env names"
             self.state.update(state="failed", last_error=error)
         elif answer.status == 200:
             self._judge_models(answer)
@@ -81,11 +79,7 @@ class ExternalPool:
 
     def _judge_models(self, answer: Answer) -> None:
         listed = (answer.body or {}).get("data")
-        names = (
-            [entry.get("id") for entry in listed if isinstance(entry, dict)]
-            if isinstance(listed, list)
-            else []
-        )
+        names = [entry.get("id") for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
         if self._wanted in names:
             self.state.update(state="ready", model=self._wanted)
         elif len(names) == 1 and isinstance(names[0], str) and not self._named:

@@ -176,9 +176,7 @@ def parse_fleet(text: str, *, file: str = "fleet", folder: Path | None = None) -
     fleet = table("fleet", ("name",), not_yet=("state", "store"))
     pools = data.get("pool", [])
     if isinstance(pools, dict):
-        raise FleetError(
-            f"{file}:{lines.get('pool', 1)}: [pool] must be [[pool]]: there is one such table a pool"
-        )
+        raise FleetError(f"{file}:{lines.get('pool', 1)}: [pool] must be [[pool]]: there is one such table a pool")
     if not isinstance(pools, list) or not pools:
         raise FleetError(f"{file}: no pool: add at least one [[pool]] table with name and chip")
     specs = tuple(_pool(pool, file, index, lines) for index, pool in enumerate(pools))
@@ -280,40 +278,28 @@ def _check_launcher(spec: PoolSpec, table: Table) -> None:
     """What goes with one launcher and not with the other."""
     if spec.launcher == "external":
         if spec.engine != EngineSettings():
-            raise table.error(
-                "engine", "[pool.engine] is for local pools: an external engine has its own flags"
-            )
+            raise table.error("engine", "[pool.engine] is for local pools: an external engine has its own flags")
         return
     if spec.model:
         raise table.error("model", "model is for external pools: a local pool serves the fleet's [model] id")
     if jax_platform(spec.chip) is None:
         examples = "cpu, tpu-v6e, h100, mi300x or trn2"
-        raise table.error(
-            "chip", f"chip = {spec.chip!r}: not a chip a local pool can run on, such as {examples}"
-        )
+        raise table.error("chip", f"chip = {spec.chip!r}: not a chip a local pool can run on, such as {examples}")
     if set(spec.topology.split("x")) != {"1"}:
-        raise table.error(
-            "topology", f'topology = {spec.topology!r}: a local pool runs on one chip so far, use "1"'
-        )
+        raise table.error("topology", f'topology = {spec.topology!r}: a local pool runs on one chip so far, use "1"')
 
 
 def _endpoint(table: Table, launcher: str) -> str:
     if launcher != "external":
         if "endpoint" in table.data:
-            raise table.error(
-                "endpoint", 'endpoint is for external pools: add launcher = "external" or remove it'
-            )
+            raise table.error("endpoint", 'endpoint is for external pools: add launcher = "external" or remove it')
         return ""
     value = table.text("endpoint", required=True, example="http://10.0.0.7:8000")
     parts = urlsplit(value)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise table.error(
-            "endpoint", f'endpoint = {value!r}: must be an address such as "http://10.0.0.7:8000"'
-        )
+        raise table.error("endpoint", f'endpoint = {value!r}: must be an address such as "http://10.0.0.7:8000"')
     if parts.username or parts.password:
-        raise table.error(
-            "endpoint", "endpoint holds a password: put it into a variable named by api_key_env"
-        )
+        raise table.error("endpoint", "endpoint holds a password: put it into a variable named by api_key_env")
     # Both spellings are in use: with /v1 as SDKs want their base_url, and without.
     return value.rstrip("/").removesuffix("/v1").rstrip("/")
 

@@ -24,15 +24,11 @@ class Answer:
     refused: bool = False
 
 
-async def ask(
-    session: aiohttp.ClientSession, url: str, *, seconds: float, api_key: str | None = None
-) -> Answer:
+async def ask(session: aiohttp.ClientSession, url: str, *, seconds: float, api_key: str | None = None) -> Answer:
     """GET `url`. Never raises for what the other side does or fails to do within `seconds`."""
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        async with session.get(
-            url, headers=headers, timeout=aiohttp.ClientTimeout(total=seconds)
-        ) as response:
+        async with session.get(url, headers=headers, timeout=aiohttp.ClientTimeout(total=seconds)) as response:
             try:
                 body = await response.json(content_type=None)
             except ValueError:

@@ -106,9 +106,7 @@ class LocalPool:
             healthy = time.monotonic() - self._ready_at if self._ready_at is not None else 0.0
             failures = 1 if healthy >= self._backoff.reset_seconds else failures + 1
             seconds = self._backoff.seconds(failures)
-            log.warning(
-                "down pool=%s error=%r restart_in_seconds=%g", self.state.name, self.state.last_error, seconds
-            )
+            log.warning("down pool=%s error=%r restart_in_seconds=%g", self.state.name, self.state.last_error, seconds)
             if await pause(seconds, self._stopping):
                 break
             self.state.update(restarts=self.state.restarts + 1)

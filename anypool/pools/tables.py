@@ -74,9 +74,7 @@ class Table:
         """A FleetError that starts with the place of `key`, or of the whole table."""
         place = self.path if key is None else f"{self.path}.{key}" if self.path else key
         line = self.lines.get(place, self.lines.get(self.path))
-        return FleetError(
-            f"{self.file}{f':{line}' if line else ''}: {self.title} {message}".replace("  ", " ")
-        )
+        return FleetError(f"{self.file}{f':{line}' if line else ''}: {self.title} {message}".replace("  ", " "))
 
     def _wrong(self, key: str, expected: str) -> FleetError:
         return self.error(key, f"{key} = {self.data[key]!r}: {expected}")
@@ -107,16 +105,12 @@ class Table:
             raise self._wrong(key, f"must be a list of texts, {example}")
         for item in value:
             if item not in choices:
-                raise self._wrong(
-                    key, f"{item!r} is not one of {', '.join(choices)}{_did_you_mean(item, choices)}"
-                )
+                raise self._wrong(key, f"{item!r} is not one of {', '.join(choices)}{_did_you_mean(item, choices)}")
         if len(set(value)) != len(value):
             raise self._wrong(key, "names one twice; name each once")
         return tuple(value)
 
-    def integer(
-        self, key: str, default: int | None, *, low: int, high: int | None = None, example: int
-    ) -> int | None:
+    def integer(self, key: str, default: int | None, *, low: int, high: int | None = None, example: int) -> int | None:
         """A whole number in `low..high`."""
         if key not in self.data:
             return default
@@ -133,9 +127,7 @@ class Table:
             return default
         value = self.data[key]
         if type(value) not in (int, float) or not above < value < float("inf"):
-            raise self._wrong(
-                key, f"must be a number greater than {above:g}, for example {key} = {example:g}"
-            )
+            raise self._wrong(key, f"must be a number greater than {above:g}, for example {key} = {example:g}")
         return float(value)
 
 

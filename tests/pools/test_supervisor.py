@@ -86,10 +86,7 @@ async def test_pools_become_ready_with_url_pid_and_progress():
         assert watched.a.url != watched.b.url
         assert runs(watched.a.pid) and runs(watched.b.pid)
         assert watched.a.progress is None
-        assert any(
-            progress and (progress.phase, progress.done, progress.total) == ("load", 1, 2)
-            for progress in seen
-        )
+        assert any(progress and (progress.phase, progress.done, progress.total) == ("load", 1, 2) for progress in seen)
 
 
 async def test_a_killed_worker_is_down_before_it_is_started_again():
@@ -228,9 +225,7 @@ async def test_stop_before_any_process_runs():
 
 
 async def test_stop_during_the_pause_before_a_restart():
-    async with Watched(
-        "--fault", "crash", backoff=Backoff(first_seconds=3600, limit_seconds=3600)
-    ) as watched:
+    async with Watched("--fault", "crash", backoff=Backoff(first_seconds=3600, limit_seconds=3600)) as watched:
         await watched.manager.wait_until(lambda: watched.a.last_error is not None)
         await watched.manager.stop()
         assert watched.a.restarts == 0
