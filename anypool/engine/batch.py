@@ -15,19 +15,23 @@ EDIT_BUCKETS = (256, 2048, 16384, 131072)
 """How many logits a row may edit, in the sizes that are compiled."""
 
 
-# T token  R row  M block of a table  E edit
+# T token  R row  M block of a table  S sample  E edit
 @dataclass(frozen=True)
 class Batch:
-    """One step as arrays of a compiled shape (see ops/paged_attention.py), and which row samples for which request."""
+    """One step as arrays of a compiled shape (see ops/paged_attention.py).
+
+    sample_S: index into the step's tokens of each token after which one is drawn; `requests` are those it is drawn for.
+    """
 
     shape: Shape
     tokens_T: np.ndarray
     start_R: np.ndarray
     count_R: np.ndarray
     table_RM: np.ndarray
+    sample_S: np.ndarray
     sampler: Sampler
     sampling: SamplingRows
-    samples: list[tuple[int, Request]]
+    requests: list[Request]
 
 
 def build(items: Sequence[Scheduled], block_table: np.ndarray, shapes: ShapeSet) -> Batch:
@@ -45,13 +49,15 @@ def build(items: Sequence[Scheduled], block_table: np.ndarray, shapes: ShapeSet)
     count_R = np.zeros(shape.rows, np.int32)
     table_RM = np.zeros((shape.rows, shape.blocks), np.int32)
     width = min(shape.blocks, block_table.shape[1])
-    samples: list[tuple[int, Request]] = []
+    sample_S = np.zeros(shape.samples, np.int32)
+    requests: list[Request] = []
     for row, item in enumerate(singles):
         tokens_T[row] = item.request.token_ids[item.start]
         start_R[row], count_R[row] = item.start, 1
         table_RM[row, :width] = block_table[item.request.slot, :width]
         if item.samples:
-            samples.append((row, item.request))
+            sample_S[len(requests)] = row
+            requests.append(item.request)
     row = shape.decode
     for item in chunks:
         end = item.start + item.count
@@ -63,16 +69,17 @@ def build(items: Sequence[Scheduled], block_table: np.ndarray, shapes: ShapeSet)
             table_RM[row, :width] = block_table[item.request.slot, :width]
             row += 1
         if item.samples:
-            samples.append((row - 1, item.request))
-    sampler, sampling = sampling_rows(samples, shape.rows)
-    return Batch(shape, tokens_T, start_R, count_R, table_RM, sampler, sampling, samples)
+            sample_S[len(requests)] = first + count - 1
+            requests.append(item.request)
+    sampler, sampling = sampling_rows(requests, shape.samples)
+    return Batch(shape, tokens_T, start_R, count_R, table_RM, sample_S, sampler, sampling, requests)
 
 
-def sampling_rows(samples: Sequence[tuple[int, Request]], rows: int) -> tuple[Sampler, SamplingRows]:
-    """The sampling parameters of a step's rows, and the least sampler that serves them all."""
+def sampling_rows(requests: Sequence[Request], rows: int) -> tuple[Sampler, SamplingRows]:
+    """The sampling parameters of a step's draws, one row each, and the least sampler that serves them all."""
     draw = filters = logprobs = False
     edits: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-    for row, request in samples:
+    for row, request in enumerate(requests):
         params = request.params
         draw |= params.temperature > 0
         filters |= params.temperature > 0 and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
@@ -85,7 +92,7 @@ def sampling_rows(samples: Sequence[tuple[int, Request]], rows: int) -> tuple[Sa
     filters |= width > 0  # one compiled sampler serves both
     width = EDIT_BUCKETS[0] if filters and width == 0 else width
     sampling = SamplingRows.neutral(rows, width)
-    for row, request in samples:
+    for row, request in enumerate(requests):
         params = request.params
         sampling.temperature[row] = params.temperature
         sampling.top_k[row] = params.top_k

@@ -147,7 +147,7 @@ class Engine:
         scheduled = time.monotonic()
         drawn = self.runner.run(batch)
         self.beat = computed = time.monotonic()
-        rows = {request.id: row for row, request in batch.samples}
+        rows = {request.id: row for row, request in enumerate(batch.requests)}
         sampled = {request_id: int(drawn.token[row]) for request_id, row in rows.items()}
         with self._news:
             outputs = self.scheduler.finish_step(step, sampled)

@@ -24,7 +24,7 @@ from anypool.models import Checkpoint, ModelConfig
 from anypool.models.decoder import Decoder, forward, logits
 from anypool.models.params import Spec, load, shapes, specs
 from anypool.ops import Kernels, choose
-from anypool.ops.paged_attention import BLOCK, last_tokens, token_positions
+from anypool.ops.paged_attention import BLOCK, token_positions
 from anypool.ops.sampling import Sampled, Sampler, SamplingRows, sample
 from anypool.paths import cache_dir
 
@@ -60,7 +60,22 @@ def persistent_compilation_cache() -> Path:
     return folder
 
 
-@partial(jax.jit, static_argnames=("decode", "config", "kernels"), donate_argnames=("caches",))
+# T token  R row  M block of a table  S sample  V vocabulary
+@dataclass(frozen=True)
+class PagedAttend:
+    """Attention of a step over the paged cache; the context is its (start_R, count_R, table_RM)."""
+
+    decode: int
+    window: int | None
+    kernels: Kernels
+
+    def __call__(self, q_TNH: Any, k_TKH: Any, v_TKH: Any, cache: Any, context: Any) -> tuple[Any, Any]:
+        scale = q_TNH.shape[-1] ** -0.5
+        paged = self.kernels.paged_attention.apply
+        attended: tuple[Any, Any] = paged(q_TNH, k_TKH, v_TKH, cache, *context, self.decode, scale, self.window)
+        return attended
+
+
 def step_logits(
     params: Decoder,
     caches: tuple[Any, ...],
@@ -68,24 +83,18 @@ def step_logits(
     start_R: jax.Array,
     count_R: jax.Array,
     table_RM: jax.Array,
+    sample_S: jax.Array,
     *,
     decode: int,
     config: ModelConfig,
     kernels: Kernels,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """One step of the model: the logits after each row's last token, f32 (R, V), and the caches with the step's tokens."""
-
-    def attend(q: Any, k: Any, v: Any, cache: Any) -> tuple[Any, Any]:
-        scale = config.head_dim**-0.5
-        paged = kernels.paged_attention.apply
-        return paged(q, k, v, cache, start_R, count_R, table_RM, decode, scale, config.sliding_window)
-
+    """One step of the model: logits after the tokens `sample_S`, f32 (S, V), and the caches with the step's tokens."""
+    attend = PagedAttend(decode, config.sliding_window, kernels)
+    context = (start_R, count_R, table_RM)
     positions = token_positions(start_R, decode)
-    hidden, caches = forward(params, tokens_T, positions, caches, attend, config, kernels)
-    return logits(params, hidden[last_tokens(count_R, decode)], kernels), caches
-
-
-sample_rows = jax.jit(sample, static_argnames=("sampler",))
+    hidden, caches = forward(params, tokens_T, positions, caches, context, attend, config, kernels)
+    return logits(params, jnp.take(hidden, sample_S, axis=0, mode="clip"), kernels), caches
 
 
 class Runner:
@@ -112,8 +121,8 @@ class Runner:
         self.shapes = ShapeSet.make(
             limits.max_num_seqs, limits.token_budget, limits.max_model_len, attention.bounded_by_table
         )
-        self.warm_shapes = 0
-        self.total_shapes = len(self.shapes.all())
+        self._steps: dict[Shape, Any] = {}
+        self._samplers: dict[tuple[int, Sampler], Any] = {}
 
     @classmethod
     def load(
@@ -135,7 +144,7 @@ class Runner:
         def place(spec: Spec, array: np.ndarray) -> Any:
             array = np.asarray(array, kind)
             packed = kernels.linear.pack(array) if len(spec.shape) == 2 else array
-            return jax.tree.map(jnp.asarray, packed)
+            return jax.device_put(packed)
 
         tree = specs(Decoder, config)
         tensors = Checkpoint.open(directory)
@@ -144,58 +153,56 @@ class Runner:
         return cls(config, params, kernels, limits, kind)
 
     def warm(self, progress: Progress = lambda *_: None) -> None:
-        """Compiles every shape by running it on padding; programs compiled before are read from disk.
+        """Compiles every shape; programs compiled before are read from disk.
 
         Workers that start together share the work: each shape is compiled by whoever locks it first, and the others
         come back for it when it is on disk.
         """
         folder = persistent_compilation_cache()
         queue = deque(self.shapes.all())
-        postponed = 0
+        total, passed_over = len(queue), 0
         while queue:
             shape = queue.popleft()
-            with _lock(folder / f"{_lock_name(shape)}.lock", wait=postponed >= len(queue)) as ours:
+            # Once every shape left is being compiled by somebody else, wait for one of them.
+            with _lock(folder / f"{_lock_name(shape)}.lock", wait=passed_over > len(queue)) as ours:
                 if not ours:
                     queue.append(shape)
-                    postponed += 1
+                    passed_over += 1
                     continue
-                postponed = 0
-                self._warm(shape)
-            self.warm_shapes += 1
-            progress("warmup", self.warm_shapes, self.total_shapes, str(shape))
-
-    def _warm(self, shape: Shape) -> None:
-        zeros = partial(np.zeros, dtype=np.int32)
-        tables = zeros((shape.rows, shape.blocks))
-        scores = self._forward(zeros(shape.tokens), zeros(shape.rows), zeros(shape.rows), tables, shape)
-        for sampler in WARM_SAMPLERS:
-            rows = SamplingRows.neutral(shape.rows, sampler.edits)
-            jax.block_until_ready(sample_rows(scores, rows, sampler=sampler))
+                passed_over = 0
+                self._step(shape)
+                for sampler in WARM_SAMPLERS:
+                    self._sampler(shape.samples, sampler)
+            progress("warmup", total - len(queue), total, str(shape))
 
     def run(self, batch: Batch) -> Sampled:
-        """Runs one step; returns what each row drew, as NumPy arrays."""
-        scores = self._forward(batch.tokens_T, batch.start_R, batch.count_R, batch.table_RM, batch.shape)
-        if not batch.samples:
+        """Runs one step; returns what was drawn for each of `batch.requests`, as NumPy arrays of at least that length."""
+        arrays = (batch.tokens_T, batch.start_R, batch.count_R, batch.table_RM, batch.sample_S)
+        scores, self.caches = self._step(batch.shape)(self.params, self.caches, *arrays)
+        if not batch.requests:
             jax.block_until_ready(scores)
-            return Sampled(np.zeros(batch.shape.rows, np.int32))
-        drawn: Sampled = jax.device_get(sample_rows(scores, batch.sampling, sampler=batch.sampler))
+            return Sampled(np.zeros(0, np.int32))
+        drawn: Sampled = jax.device_get(self._sampler(batch.shape.samples, batch.sampler)(scores, batch.sampling))
         return drawn
 
-    def _forward(
-        self, tokens_T: np.ndarray, start_R: np.ndarray, count_R: np.ndarray, table_RM: np.ndarray, shape: Shape
-    ) -> jax.Array:
-        scores, self.caches = step_logits(
-            self.params,
-            self.caches,
-            tokens_T,
-            start_R,
-            count_R,
-            table_RM,
-            decode=shape.decode,
-            config=self.config,
-            kernels=self.kernels,
-        )
-        return scores
+    def _step(self, shape: Shape) -> Any:
+        """The compiled step of a shape."""
+        if shape not in self._steps:
+            function = partial(step_logits, decode=shape.decode, config=self.config, kernels=self.kernels)
+            sizes = ((shape.tokens,), (shape.rows,), (shape.rows,), (shape.rows, shape.blocks), (shape.samples,))
+            arrays = [jax.ShapeDtypeStruct(size, jnp.int32) for size in sizes]
+            lowered = jax.jit(function, donate_argnums=1).lower(self.params, self.caches, *arrays)
+            self._steps[shape] = lowered.compile()
+        return self._steps[shape]
+
+    def _sampler(self, rows: int, sampler: Sampler) -> Any:
+        """The compiled sampler for a number of rows."""
+        key = (rows, sampler)
+        if key not in self._samplers:
+            scores = jax.ShapeDtypeStruct((rows, self.config.vocab_size), jnp.float32)
+            neutral = SamplingRows.neutral(rows, sampler.edits)
+            self._samplers[key] = jax.jit(partial(sample, sampler=sampler)).lower(scores, neutral).compile()
+        return self._samplers[key]
 
 
 def _lock_name(shape: Shape) -> str:

@@ -140,7 +140,7 @@ class Worker:
         runner = Runner.load(directory, limits, options.dtype, options.faster_kernels, self._progress)
         for op, kernel in runner.kernels.report().items():
             log.info("kernel %s=%s", op, kernel)
-        self.warm["total"] = runner.total_shapes
+        self.warm["total"] = len(runner.shapes.all())
         runner.warm(self._progress)
         return Engine(runner, options.max_waiting, self._deliver, self._engine_died)
 

@@ -12,11 +12,12 @@ from anypool.ops.paged_attention import BLOCK
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """decode: decode rows. tiles: tiles of 16 tokens. blocks: width of the block tables."""
+    """decode: decode rows. tiles: tiles of 16 tokens. blocks: width of the block tables. samples: rows that may sample."""
 
     decode: int
     tiles: int
     blocks: int
+    samples: int
 
     @property
     def rows(self) -> int:
@@ -66,17 +67,22 @@ class ShapeSet:
 
     def all(self) -> list[Shape]:
         """Every shape, the smallest and most used first."""
-        plain = [Shape(decode, 0, blocks) for decode in self.decode for blocks in self.blocks]
+        plain = [self._shape(decode, 0, blocks) for decode in self.decode for blocks in self.blocks]
         filling = [
-            Shape(decode, tiles, blocks) for tiles in self.tiles for decode in self.mixed for blocks in self.blocks
+            self._shape(decode, tiles, blocks) for tiles in self.tiles for decode in self.mixed for blocks in self.blocks
         ]
         return plain + filling
 
     def fit(self, decode: int, tiles: int, blocks: int) -> Shape:
         """The smallest shape that holds a step. The scheduler keeps steps within the largest."""
         rows = self.decode if tiles == 0 else self.mixed
-        return Shape(
+        return self._shape(
             next(size for size in rows if size >= decode),
             next(size for size in self.tiles if size >= tiles) if tiles else 0,
             next(size for size in self.blocks if size >= blocks),
         )
+
+    def _shape(self, decode: int, tiles: int, blocks: int) -> Shape:
+        """A row samples at most once, and there are no more sequences in a step than in the largest decode step."""
+        rows = min(decode + tiles, self.decode[-1])
+        return Shape(decode, tiles, blocks, next(size for size in self.decode if size >= rows))

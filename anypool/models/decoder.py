@@ -7,8 +7,10 @@ from a paged cache.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -64,8 +66,11 @@ class Decoder:
     head: Array | None = param("vocab", "embed", hf="lm_head.weight", when=lambda config: not config.tie_embeddings)
 
 
-Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
-"""(q (..., N, H), k (..., K, H), v (..., K, H), a layer's cache) -> (output (..., N, H), the cache with k and v)."""
+Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
+"""(q (..., N, H), k (..., K, H), v (..., K, H), a layer's cache, context) -> (output (..., N, H), the cache with k and v).
+
+Hashable; the arrays it needs (a mask, block tables) come as `context`, so that all layers share one traced block.
+"""
 
 
 def forward(
@@ -73,6 +78,7 @@ def forward(
     tokens: Array,
     positions: Array,
     caches: tuple[Any, ...],
+    context: Any,
     attend: Attend,
     config: ModelConfig,
     kernels: Kernels,
@@ -81,7 +87,7 @@ def forward(
 
     Args:
         tokens, positions: int (...), of one shape.
-        caches: one for each layer, handed through `attend`.
+        caches: one for each layer, handed through `attend` with `context`.
 
     Returns:
         hidden (..., D), and one cache for each layer.
@@ -90,16 +96,18 @@ def forward(
     angles = rotary_tables(positions, config.rope.inverse_frequencies(config.head_dim), config.rope.attention_factor)
     written = []
     for layer, cache in zip(params.layers, caches, strict=True):
-        x, cache = block(layer, x, angles, cache, attend, config, kernels)
+        x, cache = block(layer, x, angles, cache, context, attend, config, kernels)
         written.append(cache)
     return kernels.rms_norm(x, params.norm, config.rms_norm_eps), tuple(written)
 
 
+@partial(jax.jit, static_argnames=("attend", "config", "kernels"))
 def block(
     layer: Layer,
     x_D: Array,
     angles: tuple[Array, Array],
     cache: Any,
+    context: Any,
     attend: Attend,
     config: ModelConfig,
     kernels: Kernels,
@@ -113,7 +121,7 @@ def block(
     v = _plus(v, layer.v_bias).reshape(*lead, config.num_kv_heads, config.head_dim)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = kernels.rms_norm(q, layer.q_norm, eps), kernels.rms_norm(k, layer.k_norm, eps)
-    out, cache = attend(rotate(q, *angles), rotate(k, *angles), v, cache)
+    out, cache = attend(rotate(q, *angles), rotate(k, *angles), v, cache, context)
     (out,) = linear(out.reshape(*lead, -1), layer.o)
     x_D = x_D + _plus(out, layer.o_bias)
     gate, up = linear(kernels.rms_norm(x_D, layer.mlp_norm, eps), layer.gate, layer.up)
@@ -140,12 +148,14 @@ def forward_dense(
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     positions = order - jnp.min(jnp.where(same, order, T), axis=-1)
     mask = causal_mask(segments_BT, config.sliding_window)
-
-    def attend(q: Array, k: Array, v: Array, cache: None) -> tuple[Array, None]:
-        return attention(q, k, v, mask, config.head_dim**-0.5), None
-
-    hidden, _ = forward(params, tokens_BT, positions, (None,) * config.num_layers, attend, config, kernels)
+    caches = (None,) * config.num_layers
+    hidden, _ = forward(params, tokens_BT, positions, caches, mask, attend_dense, config, kernels)
     return hidden
+
+
+def attend_dense(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, cache: None, mask_BTT: Array) -> tuple[Array, None]:
+    """Attention within a batch of whole sequences; the context is their mask."""
+    return attention(q_BTNH, k_BTKH, v_BTKH, mask_BTT, q_BTNH.shape[-1] ** -0.5), cache
 
 
 def _plus(x: Array, bias: Array | None) -> Array:

@@ -30,13 +30,6 @@ def token_positions(start_R: Array, decode: int) -> Array:
     return jnp.concatenate([start_R[:decode], tiles.reshape(-1)])
 
 
-def last_tokens(count_R: Array, decode: int) -> Array:
-    """Index into the step's tokens of each row's last real token, (R,); a padding row gives its first."""
-    rows = count_R.shape[0]
-    first = jnp.concatenate([jnp.arange(decode), decode + BLOCK * jnp.arange(rows - decode)]).astype(count_R.dtype)
-    return first + jnp.maximum(count_R - 1, 0)
-
-
 @dataclass(frozen=True)
 class PagedAttentionReference:
     """Gathers each row's whole table of blocks and attends densely. The table's width is the cost: keep it bucketed."""
