@@ -56,6 +56,14 @@ class ModelSpec:
     id: str
     dtype: str = "float32"
 
+    @property
+    def name(self) -> str:
+        """What clients call it: the id, or the last part of a path."""
+        path = Path(self.id)
+        if path.suffix == ".gguf":
+            return path.stem
+        return path.name if self.id.startswith((".", "/", "~")) else self.id
+
 
 @dataclass(frozen=True)
 class GatewaySettings:

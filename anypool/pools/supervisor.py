@@ -114,7 +114,7 @@ class PoolManager:
         state = self.pools[spec.name]
         limit = self.fleet.gateway.heartbeat_limit_seconds
         if spec.launcher == "external":
-            return ExternalPool(state, spec, self.fleet.model.id, session=session, heartbeat_limit_seconds=limit)
+            return ExternalPool(state, spec, self.fleet.model.name, session=session, heartbeat_limit_seconds=limit)
         return LocalPool(
             state,
             self._command(self.fleet, spec),

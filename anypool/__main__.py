@@ -1,0 +1,5 @@
+"""`python -m anypool` is `anypool`."""
+
+from anypool.cli import main
+
+main()
