@@ -29,9 +29,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 2:
-            raise ValueError(
-                f"num_blocks is {num_blocks}: the cache needs a scratch block and at least one more"
-            )
+            raise ValueError(f"num_blocks is {num_blocks}: the cache needs a scratch block and at least one more")
         self.num_blocks = num_blocks
         self._references = [0] * num_blocks
         self._hash: list[bytes | None] = [None] * num_blocks
@@ -95,21 +93,22 @@ class BlockPool:
         return block
 
     def commit(self, block: int, prefix: bytes) -> int:
-        """Make a computed block matchable under `prefix`; return the block to use from now on.
+        """Make a block that was just computed matchable under `prefix`; return the block to use from now on.
 
         If two requests computed the same prefix at the same time, the second's block is given back and the
         first's shared in its place: a prefix is held once, and whoever holds a block holds those before it.
         """
         known = self._block_of.get(prefix)
-        if known is not None and known != block:
+        if known is not None:
             self.share(known)
             self.release([block])
             return known
-        if known is None:
-            self._hash[block] = prefix
-            self._block_of[prefix] = block
-            if self._evicted.pop(prefix, self) is self:
-                self._stored[prefix] = None
+        self._hash[block] = prefix
+        self._block_of[prefix] = block
+        if prefix in self._evicted:
+            del self._evicted[prefix]
+        else:
+            self._stored[prefix] = None
         return block
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -137,5 +136,7 @@ class BlockPool:
         assert prefix is not None
         self._hash[block] = None
         del self._block_of[prefix]
-        if self._stored.pop(prefix, self) is self:
+        if prefix in self._stored:
+            del self._stored[prefix]
+        else:
             self._evicted[prefix] = None

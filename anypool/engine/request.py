@@ -76,18 +76,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         need("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, wanted)
         for token, bias in self.logit_bias.items():
             if not -100 <= bias <= 100:
-                raise RequestError(
-                    "logit_bias", f"logit_bias[{token}] is {bias!r}: it must be between -100 and 100"
-                )
+                raise RequestError("logit_bias", f"logit_bias[{token}] is {bias!r}: it must be between -100 and 100")
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise RequestError if a token id named here is not one of the model's `vocab_size` ids."""
         for param, tokens in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
             for token in tokens:
                 if not 0 <= token < vocab_size:
-                    raise RequestError(
-                        param, f"{param} names token {token}: the model's ids are 0 to {vocab_size - 1}"
-                    )
+                    raise RequestError(param, f"{param} names token {token}: the model's ids are 0 to {vocab_size - 1}")
 
 
 class RequestState(enum.Enum):

@@ -126,9 +126,7 @@ class Scheduler:
         """Row `request.slot` holds the request's blocks in order, then zeros."""
         self._arrivals = itertools.count()
         self._running: list[Request] = []  # by rank
-        self._waiting: list[
-            tuple[tuple[int, int], Request]
-        ] = []  # heap; the cancelled stay till they surface
+        self._waiting: list[tuple[tuple[int, int], Request]] = []  # heap; the cancelled stay till they surface
         self._num_waiting = 0
         self._slots = list(range(config.max_num_seqs))[::-1]
         self._in_flight: Step | None = None
@@ -148,9 +146,7 @@ class Scheduler:
         """
         self._check(request)
         if self._num_waiting >= self.config.max_waiting:
-            raise QueueFullError(
-                f"{self._num_waiting} requests are waiting, the limit is {self.config.max_waiting}"
-            )
+            raise QueueFullError(f"{self._num_waiting} requests are waiting, the limit is {self.config.max_waiting}")
         request.hash_prompt()
         request.stop_ids = frozenset(request.params.stop_token_ids)
         if not request.params.ignore_eos:
@@ -218,9 +214,7 @@ class Scheduler:
         limit, params = self.config.max_model_len, request.params
         total = request.num_prompt + params.max_tokens
         if request.id in self.requests:
-            raise RequestError(
-                "request_id", f"request_id {request.id!r} is in use by a request that has not finished"
-            )
+            raise RequestError("request_id", f"request_id {request.id!r} is in use by a request that has not finished")
         if request.num_prompt >= limit:
             raise RequestError(
                 "prompt",
