@@ -82,10 +82,10 @@ async def endpoint(
         heartbeat_limit_seconds=fleet.gateway.heartbeat_limit_seconds,
         recovery_seconds=fleet.gateway.recovery_seconds,
     )
-    await manager.start()
+    app = create_app(manager, tokenizer, fleet.model.name, settings)
     serving: asyncio.Task[None] | None = None
     try:
-        app = create_app(manager, tokenizer, fleet.model.name, settings)
+        await manager.start()
         config = uvicorn.Config(
             app,
             log_config=None,

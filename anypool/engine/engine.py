@@ -124,7 +124,7 @@ class Engine:
         try:
             while self._turn():
                 pass
-        except BaseException as error:  # noqa: BLE001 -- the server must learn of it, whatever it is
+        except BaseException as error:  # the server must learn of it, whatever it is
             log.exception("the engine loop died")
             self._died(error)
 

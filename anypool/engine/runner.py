@@ -37,7 +37,7 @@ WARM_SAMPLERS = (
     Sampler(draw=True),
     Sampler(draw=True, filters=True, edits=EDIT_BUCKETS[0]),
 )
-"""Compiled before the first request; one with log-probabilities, or that edits more logits, is compiled when asked for."""
+"""Compiled before the first request; one with log-probabilities, or more edits, is compiled when asked for."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,12 @@ class Runner:
             progress("warmup", total - len(queue), total, str(shape))
 
     def run(self, batch: Batch) -> Sampled:
-        """Runs one step; returns what was drawn for each of `batch.requests`, as NumPy arrays of at least that length."""
+        """Runs one step; returns what was drawn, as NumPy arrays with `batch.requests` in front."""
         arrays = (batch.tokens_T, batch.start_R, batch.count_R, batch.table_RM, batch.sample_S)
         scores, self.caches = self._step(batch.shape)(self.params, self.caches, *arrays)
         if not batch.requests:
             jax.block_until_ready(scores)
-            return Sampled(np.zeros(0, np.int32))
+            return Sampled(jnp.zeros(0, jnp.int32))
         drawn: Sampled = jax.device_get(self._sampler(batch.shape.samples, batch.sampler)(scores, batch.sampling))
         return drawn
 

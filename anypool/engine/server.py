@@ -18,7 +18,6 @@ import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -66,7 +65,7 @@ class WorkerOptions:
 
 
 def run_worker(options: WorkerOptions) -> int:
-    """Serves until told to stop; returns the exit code: 0 after a drain, 2 for what the user can mend, 70 for a fault."""
+    """Serves until told to stop; the exit code: 0 after a drain, 2 for what the user can mend, 70 for a fault."""
     if options.threads is not None:
         os.environ["NPROC"] = str(options.threads)  # XLA:CPU sizes its thread pool by it
     return asyncio.run(Worker(options).serve())
@@ -127,7 +126,7 @@ class Worker:
             engine = self._make_engine()
         except (ValueError, OSError) as error:
             self._loop.call_soon_threadsafe(self._stop, self._refuse(str(error)))
-        except BaseException as error:  # noqa: BLE001 -- a worker that cannot load must say so and end
+        except BaseException as error:  # a worker that cannot load must say so and end
             log.exception("loading failed")
             self._loop.call_soon_threadsafe(self._stop, self._refuse(f"{type(error).__name__}: {error}", code=70))
         else:
@@ -135,7 +134,7 @@ class Worker:
 
     def _make_engine(self) -> Engine:
         options = self.options
-        directory = resolve(options.model, lambda done, total: self._progress("download", done, total, options.model))
+        directory = resolve(options.model, self._resolving)
         limits = self._limits(ModelConfig.load(directory))
         runner = Runner.load(directory, limits, options.dtype, options.faster_kernels, self._progress)
         for op, kernel in runner.kernels.report().items():
@@ -144,13 +143,14 @@ class Worker:
         runner.warm(self._progress)
         return Engine(runner, options.max_waiting, self._deliver, self._engine_died)
 
+    def _resolving(self, phase: str, done: int, total: int) -> None:
+        self._progress("download", done, total, phase)
+
     def _limits(self, config: ModelConfig) -> Limits:
         options = self.options
         context = options.max_model_len or min(config.max_position, 8192)
         if context > config.max_position:
-            raise ValueError(
-                f"max_model_len is {context}: the model's context is {config.max_position} tokens at most"
-            )
+            raise ValueError(f"max_model_len is {context}: the model's context is {config.max_position} tokens at most")
         return Limits(options.max_num_seqs, options.token_budget, context, int(options.kv_cache_gib * 2**30))
 
     def _ready(self, engine: Engine) -> None:
@@ -386,7 +386,8 @@ async def _read_body(receive: Receive) -> bytes:
     body = b""
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        piece: bytes = message.get("body", b"")
+        body += piece
         if len(body) > MAX_BODY_BYTES:
             raise RequestError("body", f"the body is larger than {MAX_BODY_BYTES} bytes")
         if not message.get("more_body"):

@@ -12,7 +12,7 @@ from anypool.ops.paged_attention import BLOCK
 
 @dataclass(frozen=True, order=True)
 class Shape:
-    """decode: decode rows. tiles: tiles of 16 tokens. blocks: width of the block tables. samples: rows that may sample."""
+    """Sizes of a step: decode rows, tiles of 16 tokens, columns of the block tables, and tokens that may be sampled."""
 
     decode: int
     tiles: int
@@ -69,7 +69,10 @@ class ShapeSet:
         """Every shape, the smallest and most used first."""
         plain = [self._shape(decode, 0, blocks) for decode in self.decode for blocks in self.blocks]
         filling = [
-            self._shape(decode, tiles, blocks) for tiles in self.tiles for decode in self.mixed for blocks in self.blocks
+            self._shape(decode, tiles, blocks)
+            for tiles in self.tiles
+            for decode in self.mixed
+            for blocks in self.blocks
         ]
         return plain + filling
 

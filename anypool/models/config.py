@@ -34,13 +34,9 @@ class _Family:
 
 _FAMILIES = {
     "llama": _Family("LlamaForCausalLM", max_position=2048, bos=1, eos=2),
-    "mistral": _Family(
-        "MistralForCausalLM", max_position=131072, num_kv_heads=8, bos=1, eos=2, sliding_window=4096
-    ),
+    "mistral": _Family("MistralForCausalLM", max_position=131072, num_kv_heads=8, bos=1, eos=2, sliding_window=4096),
     "qwen2": _Family("Qwen2ForCausalLM", max_position=32768, num_kv_heads=32, sliding_window=4096),
-    "qwen3": _Family(
-        "Qwen3ForCausalLM", max_position=32768, num_kv_heads=32, head_dim=128, sliding_window=4096
-    ),
+    "qwen3": _Family("Qwen3ForCausalLM", max_position=32768, num_kv_heads=32, head_dim=128, sliding_window=4096),
 }
 
 SUPPORTED_ARCHITECTURES = tuple(family.architecture for family in _FAMILIES.values())
@@ -110,8 +106,7 @@ class ModelConfig:
             raise ConfigError(f"{file}: head_dim is {head_dim}; the rotary embedding needs an even number")
         if num_heads % num_kv_heads:
             raise ConfigError(
-                f"{file}: num_attention_heads {num_heads} is not a multiple of "
-                f"num_key_value_heads {num_kv_heads}"
+                f"{file}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
             )
 
         num_layers = fields.count("num_hidden_layers")
@@ -156,9 +151,7 @@ class ModelConfig:
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_ids[0]
-            if len(self.eos_token_ids) == 1
-            else list(self.eos_token_ids) or None,
+            "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids) or None,
             **self.rope.to_hf(),
         }
         if self.model_type == "llama":
@@ -252,19 +245,14 @@ def _model_type(fields: _Fields) -> str:
             if names == [family.architecture] and model_type in (None, known):
                 return known
         if names[0] in SUPPORTED_ARCHITECTURES and len(names) == 1:
-            raise ConfigError(
-                f"{fields.file}: architectures {names} does not go with model_type {model_type!r}"
-            )
+            raise ConfigError(f"{fields.file}: architectures {names} does not go with model_type {model_type!r}")
         raise UnsupportedModelError(
-            f"{fields.file}: the architecture {', '.join(map(str, names))} is not supported; supported: "
-            f"{supported}"
+            f"{fields.file}: the architecture {', '.join(map(str, names))} is not supported; supported: {supported}"
         )
     if model_type in _FAMILIES:
         return str(model_type)
     if model_type is None:
-        raise ConfigError(
-            f"{fields.file}: neither architectures nor model_type is there; supported: {supported}"
-        )
+        raise ConfigError(f"{fields.file}: neither architectures nor model_type is there; supported: {supported}")
     raise UnsupportedModelError(
         f"{fields.file}: the model_type {model_type!r} is not supported; supported: {supported}"
     )
@@ -316,7 +304,5 @@ def _token_ids(fields: _Fields, default: int | None) -> tuple[int, ...]:
     value = fields.values.get("eos_token_id", default)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(token) is not int or token < 0 for token in ids):
-        raise ConfigError(
-            f"{fields.file}: eos_token_id is {value!r}; a token id or a list of them is expected"
-        )
+        raise ConfigError(f"{fields.file}: eos_token_id is {value!r}; a token id or a list of them is expected")
     return tuple(dict.fromkeys(ids))

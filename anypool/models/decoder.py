@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from anypool.models.config import ModelConfig
-from anypool.models.params import parameters, param, repeated
+from anypool.models.params import param, parameters, repeated
 from anypool.ops import Kernels, rotary_tables, rotate
 from anypool.ops.attention import attention, causal_mask
 
@@ -67,7 +67,7 @@ class Decoder:
 
 
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
-"""(q (..., N, H), k (..., K, H), v (..., K, H), a layer's cache, context) -> (output (..., N, H), the cache with k and v).
+"""(q (..., N, H), k and v (..., K, H), a layer's cache, context) -> (output (..., N, H), the cache with k and v).
 
 Hashable; the arrays it needs (a mask, block tables) come as `context`, so that all layers share one traced block.
 """
@@ -96,8 +96,8 @@ def forward(
     angles = rotary_tables(positions, config.rope.inverse_frequencies(config.head_dim), config.rope.attention_factor)
     written = []
     for layer, cache in zip(params.layers, caches, strict=True):
-        x, cache = block(layer, x, angles, cache, context, attend, config, kernels)
-        written.append(cache)
+        x, appended = block(layer, x, angles, cache, context, attend, config, kernels)
+        written.append(appended)
     return kernels.rms_norm(x, params.norm, config.rms_norm_eps), tuple(written)
 
 

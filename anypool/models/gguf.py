@@ -83,9 +83,7 @@ def convert(path: Path, directory: Path, progress: Callable[[int, int], None] | 
     for name, content in tokenizer_files(metadata, config).items():
         _write_json(directory / name, content)
     matrices = {item.dtype for item in pending if len(item.shape) == 2}
-    dtype = {np.dtype("<f2"): "float16", np.dtype(ml_dtypes.bfloat16): "bfloat16"}.get(
-        next(iter(matrices)), "float32"
-    )
+    dtype = {np.dtype("<f2"): "float16", np.dtype(ml_dtypes.bfloat16): "bfloat16"}.get(next(iter(matrices)), "float32")
     _write_json(
         directory / "config.json",
         config.to_hf() | {"torch_dtype": dtype if len(matrices) == 1 else "float32"},
@@ -118,9 +116,7 @@ class Metadata:
     def require(self, key: str, kind: type = int) -> Any:
         value = self.values.get(key)
         if not isinstance(value, kind):
-            raise GGUFError(
-                f"{self.path}: metadata {key} is {value!r}; a value of type {kind.__name__} is expected"
-            )
+            raise GGUFError(f"{self.path}: metadata {key} is {value!r}; a value of type {kind.__name__} is expected")
         return value
 
 
@@ -130,9 +126,7 @@ def _open(path: Path) -> GGUFReader:
             raise GGUFError(f"{path} is no GGUF file: it does not start with 'GGUF'")
     try:
         return GGUFReader(path)
-    except (
-        Exception
-    ) as error:  # the reader trusts the file: damage surfaces as any of its or NumPy's exceptions
+    except Exception as error:  # the reader trusts the file: damage surfaces as any of its or NumPy's exceptions
         raise GGUFError(f"{path} is cut short or damaged ({error}); fetch it again") from error
 
 
@@ -141,8 +135,7 @@ def _config(metadata: Metadata, tensors: Mapping[str, ReaderTensor]) -> ModelCon
     architecture = metadata.require("general.architecture", str)
     if architecture not in _MODEL_TYPES:
         raise UnsupportedModelError(
-            f"{path}: the GGUF architecture {architecture!r} is not supported; supported: "
-            f"{', '.join(_MODEL_TYPES)}"
+            f"{path}: the GGUF architecture {architecture!r} is not supported; supported: {', '.join(_MODEL_TYPES)}"
         )
 
     def own(key: str) -> str:
@@ -152,9 +145,7 @@ def _config(metadata: Metadata, tensors: Mapping[str, ReaderTensor]) -> ModelCon
     if metadata.get(own("expert_count")):
         unsupported.append(own("expert_count"))
     if unsupported:
-        raise UnsupportedModelError(
-            f"{path}: metadata {', '.join(unsupported)} is set, which is not supported"
-        )
+        raise UnsupportedModelError(f"{path}: metadata {', '.join(unsupported)} is set, which is not supported")
     if "token_embd.weight" not in tensors:
         raise GGUFError(f"{path}: the tensor token_embd.weight is missing")
 
@@ -164,8 +155,7 @@ def _config(metadata: Metadata, tensors: Mapping[str, ReaderTensor]) -> ModelCon
     rotated = metadata.get(own("rope.dimension_count"), head_dim)
     if rotated != head_dim:
         raise UnsupportedModelError(
-            f"{path}: {rotated} of {head_dim} dimensions of a head are rotated; only whole heads are "
-            "supported"
+            f"{path}: {rotated} of {head_dim} dimensions of a head are rotated; only whole heads are supported"
         )
     eos = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     max_position = metadata.require(own("context_length"))
@@ -208,15 +198,11 @@ def _rope_scaling(metadata: Metadata, own: Callable[[str], str], max_position: i
     return scaling
 
 
-def _llama3_scaling(
-    path: Path, factors: npt.NDArray[np.float32], theta: float, head_dim: int
-) -> dict[str, Any]:
+def _llama3_scaling(path: Path, factors: npt.NDArray[np.float32], theta: float, head_dim: int) -> dict[str, Any]:
     """GGUF keeps llama3 scaling as the divisor of each frequency; find the numbers that give them."""
     plain = RopeConfig(theta=theta).inverse_frequencies(head_dim)
     rope = RopeConfig(theta, "llama3", float(factors.max()), 8192, low_freq_factor=1.0, high_freq_factor=4.0)
-    if factors.shape != plain.shape or not np.allclose(
-        plain / rope.inverse_frequencies(head_dim), factors, rtol=1e-3
-    ):
+    if factors.shape != plain.shape or not np.allclose(plain / rope.inverse_frequencies(head_dim), factors, rtol=1e-3):
         raise UnsupportedModelError(
             f"{path}: its {_ROPE_FACTORS} are not those of Llama 3 (low 1, high 4, original context 8192); "
             "use the model's Hugging Face directory instead"
@@ -265,9 +251,7 @@ def _hf_name(path: Path, name: str) -> str:
 
 def _check_complete(path: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Whether every layer has its matrices. Biases and exact shapes are checked when weights are loaded."""
-    per_layer = [
-        name for gguf, name in _LAYER.items() if config.qk_norm or gguf not in ("attn_q_norm", "attn_k_norm")
-    ]
+    per_layer = [name for gguf, name in _LAYER.items() if config.qk_norm or gguf not in ("attn_q_norm", "attn_k_norm")]
     needed = ["model.embed_tokens.weight", "model.norm.weight"]
     needed += [f"model.layers.{i}.{name}.weight" for i in range(config.num_layers) for name in per_layer]
     missing = [name for name in needed if name not in shapes]

@@ -65,8 +65,7 @@ def tokenizer_files(metadata: Metadata, config: ModelConfig) -> dict[str, Any]:
     kinds: Sequence[int] = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
     if len(tokens) > config.vocab_size or len(kinds) != len(tokens):
         raise GGUFError(
-            f"{metadata.path}: {len(tokens)} tokens with {len(kinds)} types for {config.vocab_size} rows of "
-            "embeddings"
+            f"{metadata.path}: {len(tokens)} tokens with {len(kinds)} types for {config.vocab_size} rows of embeddings"
         )
     algorithm = metadata.require("tokenizer.ggml.model", str)
     if algorithm == "gpt2":
@@ -148,9 +147,7 @@ def _sentencepiece_bpe(metadata: Metadata, tokens: Sequence[str]) -> dict[str, A
     """SentencePiece keeps no merges: a pair merges if the whole is a piece, the best score first."""
     scores: list[float] = metadata.require("tokenizer.ggml.scores", list)
     ids = {token: i for i, token in enumerate(tokens)}
-    ranked = sorted(
-        ((-scores[i], ids[left], ids[right], left, right) for i, left, right in _possible_merges(ids))
-    )
+    ranked = sorted(((-scores[i], ids[left], ids[right], left, right) for i, left, right in _possible_merges(ids)))
     # Some files state add_space_prefix; SentencePiece models have one unless told otherwise.
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     normalizers: list[dict[str, Any]] = [{"type": "Prepend", "prepend": "▁"}] if prefix else []

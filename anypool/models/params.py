@@ -4,8 +4,8 @@
     class Layer:
         q: Array = param("heads", "embed", hf="self_attn.q_proj.weight")
 
-`specs(Model, config)` is the same tree with a `Spec` in place of every array; `load`, `initial` and `abstract` map it to
-arrays from a checkpoint, to fresh ones, and to shapes without memory.
+`specs(Model, config)` is the same tree with a `Spec` in place of every array; `load`, `initial` and `abstract` map it
+to arrays from a checkpoint, to fresh ones, and to shapes without memory.
 """
 
 from __future__ import annotations
@@ -54,10 +54,8 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def param(
-    *axes: str, hf: str, init: str = "normal", when: Callable[[ModelConfig], bool] = lambda config: True
-) -> Any:
-    """Declares a tensor: its logical axes, Hugging Face name, initial value (normal, ones, zeros), and whether a model has it."""
+def param(*axes: str, hf: str, init: str = "normal", when: Callable[[ModelConfig], bool] = lambda config: True) -> Any:
+    """Declares a tensor: logical axes, Hugging Face name, first value (normal, ones, zeros), which models have it."""
     return field(metadata={"axes": axes, "hf": hf, "init": init, "when": when})
 
 
@@ -70,12 +68,13 @@ def repeated(module: type, hf: str) -> Any:
 def parameters(cls: type[T]) -> type[T]:
     """Makes a class of declarations a frozen dataclass that JAX treats as a tree."""
     made = dataclass(frozen=True)(cls)
-    return jax.tree_util.register_dataclass(made, [f.name for f in fields(made)], [])  # type: ignore[arg-type, return-value]
+    return jax.tree_util.register_dataclass(made, [f.name for f in fields(made)], [])  # type: ignore[arg-type]
 
 
 def specs(module: type[T], config: ModelConfig, prefix: str = "") -> T:
     """The tree of a module with a `Spec` for every tensor that this model has, and None for those it has not."""
-    sizes, values = axis_sizes(config), {}
+    sizes = axis_sizes(config)
+    values: dict[str, Any] = {}
     for item in fields(module):  # type: ignore[arg-type]
         declared = item.metadata
         if "module" in declared:
@@ -91,7 +90,8 @@ def specs(module: type[T], config: ModelConfig, prefix: str = "") -> T:
 
 def each(tree: T, function: Callable[[Spec], Any]) -> T:
     """The tree with `function(spec)` in place of every spec."""
-    return jax.tree.map(function, tree, is_leaf=lambda leaf: isinstance(leaf, Spec))
+    mapped: T = jax.tree.map(function, tree, is_leaf=lambda leaf: isinstance(leaf, Spec))
+    return mapped
 
 
 def all_specs(tree: Any) -> list[Spec]:

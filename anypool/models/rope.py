@@ -64,8 +64,7 @@ class RopeConfig:
         partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         if partial not in (None, 1, 1.0):
             raise UnsupportedModelError(
-                f"{file}: partial_rotary_factor is {partial!r}; only models that rotate whole heads are "
-                "supported"
+                f"{file}: partial_rotary_factor is {partial!r}; only models that rotate whole heads are supported"
             )
 
         def number(name: str, value: Any) -> float:
@@ -87,13 +86,9 @@ class RopeConfig:
             # At the top level it takes precedence, as in transformers.
             original = config.get("original_max_position_embeddings")
             original = (
-                parameters.get("original_max_position_embeddings", max_position)
-                if original is None
-                else original
+                parameters.get("original_max_position_embeddings", max_position) if original is None else original
             )
-            given["original_max_position"] = int(
-                number(f"{where}.original_max_position_embeddings", original)
-            )
+            given["original_max_position"] = int(number(f"{where}.original_max_position_embeddings", original))
         if scaling == "llama3" and given["high_freq_factor"] <= given["low_freq_factor"]:
             raise ConfigError(
                 f"{file}: {where}.high_freq_factor {given['high_freq_factor']} must be above "
@@ -102,9 +97,7 @@ class RopeConfig:
         truncate = True
         if scaling == "yarn":
             mscale, mscale_all_dim = given.pop("mscale", None), given.pop("mscale_all_dim", None)
-            given.setdefault(
-                "attention_factor", _yarn_attention_factor(given["factor"], mscale, mscale_all_dim)
-            )
+            given.setdefault("attention_factor", _yarn_attention_factor(given["factor"], mscale, mscale_all_dim))
             truncate = bool(parameters.get("truncate", True))
         return cls(theta=theta, scaling=scaling, truncate=truncate, **given)  # type: ignore[arg-type]
 
@@ -142,9 +135,7 @@ class RopeConfig:
     def _llama3(self, inverse: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Slow waves are divided by `factor`, fast ones kept, those between blended."""
         turns = np.float32(self.original_max_position) / (np.float32(2 * math.pi) / inverse)
-        blend = (turns - np.float32(self.low_freq_factor)) / np.float32(
-            self.high_freq_factor - self.low_freq_factor
-        )
+        blend = (turns - np.float32(self.low_freq_factor)) / np.float32(self.high_freq_factor - self.low_freq_factor)
         blend = np.clip(blend, np.float32(0), np.float32(1))
         scaled: npt.NDArray[np.float32] = (1 - blend) * inverse / np.float32(self.factor) + blend * inverse
         return scaled
@@ -163,9 +154,7 @@ class RopeConfig:
         low, high = max(low, 0), min(high, dim - 1)
         if low == high:
             high += 0.001
-        ramp = np.clip(
-            (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1
-        )
+        ramp = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
         kept = np.float32(1) - ramp.astype(np.float32)
         stretched = 1 / (np.float32(self.factor) * wave)
         scaled: npt.NDArray[np.float32] = stretched * (1 - kept) + (1 / wave) * kept

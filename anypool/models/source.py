@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -55,21 +56,20 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
     Raises ModelNotFoundError, GGUFError, UnsupportedModelError.
     """
     if model in BUNDLED:
-        return _converted(_bundled_file(model), progress)
-    path = Path(model).expanduser()
-    if path.is_dir():
+        return _converted(bundled_file(model), progress)
+    try:
+        path = Path(model).expanduser()
+    except RuntimeError as error:  # ~name of a user who does not exist
+        raise ModelNotFoundError(f"there is no file or directory {model}: {error}") from error
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
             inside = sorted(file.name for file in path.glob("*.gguf"))
             hint = f"; name the file: {path / inside[0]}" if inside else ""
-            raise ModelNotFoundError(
-                f"the directory {path} has no config.json, so it is no Hugging Face model{hint}"
-            )
+            raise ModelNotFoundError(f"the directory {path} has no config.json, so it is no Hugging Face model{hint}")
         return path
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelNotFoundError(
-                f"{path} is a file but no .gguf; name a .gguf file or a Hugging Face directory"
-            )
+            raise ModelNotFoundError(f"{path} is a file but no .gguf; name a .gguf file or a Hugging Face directory")
         return _converted(path, progress)
     if path.suffix != ".gguf" and _HUB_ID.fullmatch(model):
         return _from_hub(model, progress)
@@ -79,7 +79,8 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
 def _unknown(model: str) -> str:
     if os.sep in model or model.startswith(("~", ".")):
         return f"there is no file or directory {model}"
-    close = difflib.get_close_matches(model.lower(), BUNDLED, n=1)
+    close = [name for name in BUNDLED if model and model.lower() in name]
+    close = close or difflib.get_close_matches(model.lower(), BUNDLED, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return (
         f"unknown model {model!r}{hint}: a model is a bundled name ({', '.join(BUNDLED)}), the path of a "
@@ -87,7 +88,7 @@ def _unknown(model: str) -> str:
     )
 
 
-def _bundled_file(name: str) -> Path:
+def bundled_file(name: str) -> Path:
     """Found without importing the package, which would want a runtime of its own."""
     bundled = BUNDLED[name]
     spec = importlib.util.find_spec(bundled.package)
@@ -104,14 +105,21 @@ def _bundled_file(name: str) -> Path:
 def _converted(path: Path, progress: Progress | None) -> Path:
     """The directory made from a GGUF file, from the cache if it is there."""
     models = cache_dir() / "models"
-    target = models / f"{path.stem}-{_fingerprint(path)}"
+    try:
+        target = models / f"{path.stem}-{_fingerprint(path)}"
+    except OSError as error:
+        raise ModelNotFoundError(f"{path} cannot be read: {error}") from error
     if target.is_dir():
         return target
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _lock(models / f"{target.name}.lock"):
+        with _lock(models / f"{target.name}.lock") as alone:
             if target.is_dir():  # another process made it while this one waited
                 return target
+            if alone:
+                # Nobody else is writing, so what is there was left by a process that was killed.
+                for abandoned in models.glob(f"{target.name}.tmp-*"):
+                    shutil.rmtree(abandoned, ignore_errors=True)
             _convert_into(path, models, target, progress)
     except OSError as error:
         raise ModelNotFoundError(
@@ -122,9 +130,6 @@ def _converted(path: Path, progress: Progress | None) -> Path:
 
 
 def _convert_into(path: Path, models: Path, target: Path, progress: Progress | None) -> None:
-    # Under the lock nobody else is writing: what is there was left by a process that was killed.
-    for abandoned in models.glob(f"{target.name}.tmp-*"):
-        shutil.rmtree(abandoned, ignore_errors=True)
     needed, free = gguf.parameter_bytes(path), shutil.disk_usage(models).free
     if needed > free:
         raise ModelNotFoundError(
@@ -132,17 +137,14 @@ def _convert_into(path: Path, models: Path, target: Path, progress: Progress | N
             f"{free / 2**30:.1f} GiB free; "
             "set ANYPOOL_CACHE to a directory with more room"
         )
-    report = (
-        None if progress is None else lambda done, total: progress(f"converting {path.name}", done, total)
-    )
+    report = None if progress is None else lambda done, total: progress(f"converting {path.name}", done, total)
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=models))
     try:
         gguf.convert(path, temporary, report)
         temporary.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared cache
         temporary.rename(target)
     except OSError:
-        # Where locks do not work (some network file systems) another process may have been first; theirs is
-        # as good.
+        # Without locks another process may have been first; what it made is as good.
         if not target.is_dir():
             raise
     finally:
@@ -166,15 +168,19 @@ def _fingerprint(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock; released by the system if this process dies."""
-    import fcntl
+def _lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock; released by the system if this process dies.
 
+    False where locks do not work (some network file systems). The rename at the end still keeps the directory whole
+    there, but work may be done twice.
+    """
     with path.open("w") as file:
-        # Without locks the rename at the end still keeps the directory whole; work may be done twice.
-        with contextlib.suppress(OSError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def _from_hub(model: str, progress: Progress | None) -> Path:
@@ -200,13 +206,11 @@ def _from_hub(model: str, progress: Progress | None) -> Path:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelNotFoundError(
-            f"the hub has no model {model} (or it is private and HF_TOKEN is not set), and there is no such "
-            "directory"
+            f"the hub has no model {model} (or it is private and HF_TOKEN is not set), and there is no such directory"
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelNotFoundError(
-            f"{model} is not in the local cache and the hub cannot be reached ({_first_line(error)}); fetch "
-            "it with "
+            f"{model} is not in the local cache and cannot be fetched from the hub ({_first_line(error)}); run "
             f"`hf download {model}` where there is a network, or name a local directory or .gguf file"
         ) from error
     return Path(directory)

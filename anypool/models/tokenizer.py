@@ -55,9 +55,7 @@ class Tokenizer:
         if not path.is_file():
             hint = ""
             if (directory / "tokenizer.model").is_file():
-                hint = (
-                    "; make it from its tokenizer.model with transformers (AutoTokenizer … save_pretrained)"
-                )
+                hint = "; make it from its tokenizer.model with transformers (AutoTokenizer … save_pretrained)"
             raise TokenizerError(f"{directory} has no tokenizer.json{hint}")
         try:
             core = tokenizers.Tokenizer.from_file(str(path))
@@ -144,9 +142,7 @@ class Tokenizer:
         because templates test for presence. tools: JSON schemas. variables: further names that the template
         may read. Raises ChatTemplateError when there is no template or it rejects the messages.
         """
-        present = [
-            {key: value for key, value in message.items() if value is not None} for message in messages
-        ]
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
         template = self._template("tool_use" if tools and "tool_use" in self._templates else "default")
         try:
             return template.render(
@@ -175,9 +171,7 @@ class Tokenizer:
                 "directory"
             )
         if name not in self._templates:
-            raise ChatTemplateError(
-                f"the model has no chat template named {name!r}, only {', '.join(self._templates)}"
-            )
+            raise ChatTemplateError(f"the model has no chat template named {name!r}, only {', '.join(self._templates)}")
         if name not in self._compiled:
             try:
                 self._compiled[name] = _environment().from_string(self._templates[name])
@@ -244,9 +238,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
         sort_keys: bool = False,
     ) -> str:
         # Jinja's own filter escapes for HTML, which a model would read literally.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     def strftime_now(format: str) -> str:
         return datetime.now().strftime(format)

@@ -71,9 +71,7 @@ class Checkpoint(Mapping[str, Array]):
         single = directory / "model.safetensors"
         if single.is_file():
             return cls(directory, _read_header(single))
-        others = sorted(p.name for p in directory.glob("*.bin")) + sorted(
-            p.name for p in directory.glob("*.pth")
-        )
+        others = sorted(p.name for p in directory.glob("*.bin")) + sorted(p.name for p in directory.glob("*.pth"))
         found = f"; it holds {others[0]}, which must be converted to safetensors first" if others else ""
         raise WeightsError(f"{directory} has neither model.safetensors nor {_INDEX}{found}")
 
@@ -175,9 +173,9 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            values = np.ascontiguousarray(tensor.make())
+            values = np.asarray(tensor.make(), order="C")
             assert values.dtype == tensor.dtype and values.shape == tensor.shape, tensor.name
-            file.write(values.view(np.uint8).data if values.ndim else values.tobytes())
+            file.write(values.reshape(-1).view(np.uint8).data)
             done += tensor.num_bytes
             if progress is not None:
                 progress(done, total)
@@ -195,8 +193,7 @@ def _read_shards(directory: Path, index: Path) -> dict[str, _Entry]:
     absent = [file for file in files if not (directory / file).is_file()]
     if absent:
         raise WeightsError(
-            f"{directory} lacks {_some(absent)} of {len(files)} weight files named in {_INDEX}; fetch the "
-            "model again"
+            f"{directory} lacks {_some(absent)} of {len(files)} weight files named in {_INDEX}; fetch the model again"
         )
     shards = {file: _read_header(directory / file) for file in files}
     entries = {}
@@ -214,9 +211,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         start = file.read(8)
         length = int.from_bytes(start, "little")
         if start.startswith(b"version "):
-            raise WeightsError(
-                f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository"
-            )
+            raise WeightsError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` in its repository")
         if len(start) < 8 or length > _MAX_HEADER_BYTES or 8 + length > size:
             raise WeightsError(f"{damaged}: {size} bytes are too few for its header; fetch it again")
         try:
@@ -232,9 +227,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         if dtype is None:
             raise WeightsError(f"{path}: {name} is of type {dtype_name}; supported: {', '.join(_DTYPES)}")
         if begin < 0 or any(n < 0 for n in shape) or end - begin != math.prod(shape) * dtype.itemsize:
-            raise WeightsError(
-                f"{damaged}: {name} of shape {shape} and type {dtype_name} has {end - begin} bytes"
-            )
+            raise WeightsError(f"{damaged}: {name} of shape {shape} and type {dtype_name} has {end - begin} bytes")
         needed = max(needed, 8 + length + end)
         entries[name] = _Entry(path, dtype, shape, 8 + length + begin)
     if needed > size:

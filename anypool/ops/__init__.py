@@ -1,7 +1,7 @@
 """The few fused operations a model needs: one portable reference each, and faster versions per chip beside it.
 
 Other rooms use:
-- `choose(platform, dtype, ...)` -> `Kernels`: one implementation of every op for a platform, with the reason for each choice;
+- `choose(platform, dtype, ...)` -> `Kernels`: one implementation of every op for a platform, and why it was chosen;
 - `attention`: dense attention over whole sequences (training, scoring);
 - `rotary_tables`, `rotate`: rotary position embedding;
 - `sampling`: the draw of the next token, keyed by (seed, position).

@@ -30,7 +30,7 @@ def attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array, scal
 
 
 def causal_mask(segments_BT: Array, window: int | None = None) -> Array:
-    """(B, T, T) mask: a token sees itself and the tokens before it of its own segment, the last `window` of them if given."""
+    """(B, T, T) mask: a token sees itself and those before it in its segment, `window` tokens in all if given."""
     order = jnp.arange(segments_BT.shape[1])
     distance = order[:, None] - order[None, :]
     near = (distance >= 0) if window is None else (distance >= 0) & (distance < window)

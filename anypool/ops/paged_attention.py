@@ -86,7 +86,14 @@ def _rows(rows: int, decode: int) -> tuple[list[int], list[int]]:
 
 
 def _attend_rows(
-    q_TNH: Array, cache: Array, start_R: Array, count_R: Array, table_RM: Array, width: int, scale: float, window: int | None
+    q_TNH: Array,
+    cache: Array,
+    start_R: Array,
+    count_R: Array,
+    table_RM: Array,
+    width: int,
+    scale: float,
+    window: int | None,
 ) -> Array:
     rows, columns = table_RM.shape
     kv = jnp.take(cache, table_RM.reshape(-1), axis=0, mode="clip")

@@ -6,6 +6,7 @@ needs no sort and keeps every token that ties with the last one kept.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,38 +46,39 @@ class SamplingRows:
     edit_seen: f32 (R, E), 1 where the repetition penalty applies. Unused edits are id 0 with bias 0 and seen 0.
     """
 
-    temperature: Array | np.ndarray
-    top_k: Array | np.ndarray
-    top_p: Array | np.ndarray
-    min_p: Array | np.ndarray
-    seed: Array | np.ndarray
-    position: Array | np.ndarray
-    repetition: Array | np.ndarray
-    edit_ids: Array | np.ndarray
-    edit_bias: Array | np.ndarray
-    edit_seen: Array | np.ndarray
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    seed: Array
+    position: Array
+    repetition: Array
+    edit_ids: Array
+    edit_bias: Array
+    edit_seen: Array
 
     @classmethod
     def neutral(cls, rows: int, edits: int) -> "SamplingRows":
         """Greedy rows that edit nothing, as NumPy arrays to be filled in."""
-        return cls(
-            temperature=np.zeros(rows, np.float32),
-            top_k=np.zeros(rows, np.int32),
-            top_p=np.ones(rows, np.float32),
-            min_p=np.zeros(rows, np.float32),
-            seed=np.zeros((rows, 2), np.uint32),
-            position=np.zeros(rows, np.int32),
-            repetition=np.ones(rows, np.float32),
-            edit_ids=np.zeros((rows, edits), np.int32),
-            edit_bias=np.zeros((rows, edits), np.float32),
-            edit_seen=np.zeros((rows, edits), np.float32),
-        )
+        arrays: dict[str, Any] = {
+            "temperature": np.zeros(rows, np.float32),
+            "top_k": np.zeros(rows, np.int32),
+            "top_p": np.ones(rows, np.float32),
+            "min_p": np.zeros(rows, np.float32),
+            "seed": np.zeros((rows, 2), np.uint32),
+            "position": np.zeros(rows, np.int32),
+            "repetition": np.ones(rows, np.float32),
+            "edit_ids": np.zeros((rows, edits), np.int32),
+            "edit_bias": np.zeros((rows, edits), np.float32),
+            "edit_seen": np.zeros((rows, edits), np.float32),
+        }
+        return cls(**arrays)
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampled:
-    """token: int32 (R,). With log-probabilities: logprob f32 (R,), top_ids int32 and top_logprobs f32 (R, L), best first."""
+    """token: int32 (R,). If asked for: logprob f32 (R,), top_ids int32 and top_logprobs f32 (R, L), best first."""
 
     token: Array
     logprob: Array | None = None
@@ -105,7 +107,7 @@ def sample(logits_RV: Array, rows: SamplingRows, sampler: Sampler) -> Sampled:
 
 
 def edit(logits_RV: Array, rows: SamplingRows) -> Array:
-    """Repetition penalty (Keskar et al. 2019: divide a positive logit, multiply a negative one), then the added biases."""
+    """Repetition penalty (Keskar et al. 2019: divide a positive logit, multiply a negative one), then the biases."""
     old = jnp.take_along_axis(logits_RV, rows.edit_ids, axis=-1, mode="clip")
     penalty = rows.repetition[:, None]
     penalised = jnp.where(old > 0, old / penalty, old * penalty)
@@ -140,7 +142,9 @@ def _largest_threshold(bits_RV: Array, weights_RV: Array, wanted_R: Array) -> Ar
         reached = jnp.sum(jnp.where(bits_RV >= candidate, weights_RV, 0.0), axis=-1) >= wanted_R
         return jnp.where(reached[:, None], candidate, found)
 
-    return jax.lax.fori_loop(0, 31, narrow, jnp.zeros((bits_RV.shape[0], 1), jnp.uint32))
+    nothing = jnp.zeros((bits_RV.shape[0], 1), jnp.uint32)
+    threshold: Array = jax.lax.fori_loop(0, 31, narrow, nothing)
+    return threshold
 
 
 def first_argmax(scores_RV: Array) -> Array:

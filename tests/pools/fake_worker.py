@@ -43,9 +43,6 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_POST(self) -> None:
-        self.send_response(200)
-        self.send_header("content-length", "0")
-        self.end_headers()
         match self.path:
             case "/stuck":
                 state["age"] = 1e6
@@ -55,8 +52,11 @@ class Handler(BaseHTTPRequestHandler):
                 os.close(1)
             case "/print":
                 print("hello from a library", flush=True)
-            case "/finish":
-                finished.set()
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+        if self.path == "/finish":
+            finished.set()
 
     def log_message(self, *_: object) -> None:
         pass

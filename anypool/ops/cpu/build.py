@@ -49,7 +49,7 @@ def _compile(compiler: str) -> Path:
     folder = cache_dir() / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"cpu-{key.hexdigest()}.so"
-    with open(folder / "lock", "w") as lock:  # two workers that start together compile once
+    with (folder / "lock").open("w") as lock:  # two workers that start together compile once
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             partial = library.with_suffix(f".{os.getpid()}")

@@ -58,7 +58,8 @@ class LinearCpu:
 
     def embed(self, table: PackedWeight, ids: Array) -> Array:
         ids = jnp.clip(ids, 0, table.width - 1)
-        return table.panels.at[ids // PANEL, :, ids % PANEL].get(mode="promise_in_bounds")
+        rows: Array = table.panels.at[ids // PANEL, :, ids % PANEL].get(mode="promise_in_bounds")
+        return rows
 
 
 @dataclass(frozen=True)
