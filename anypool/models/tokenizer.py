@@ -76,6 +76,11 @@ class Tokenizer:
             eos_ids = () if token_id is None else (token_id,)
         return cls(core, named, eos_ids, _templates(directory, settings))
 
+    def to_json(self) -> str:
+        """The content of `tokenizer.json`."""
+        text: str = self._core.to_str()
+        return text
+
     @property
     def vocab_size(self) -> int:
         """How many tokens there are; a model's table of embeddings may have more rows."""
