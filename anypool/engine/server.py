@@ -107,7 +107,9 @@ class Worker:
             listener = socket.create_server((self.options.host, self.options.port), backlog=1024)
         except OSError as error:
             return self._refuse(f"cannot listen on {self.options.host}:{self.options.port}: {error.strerror}")
-        config = uvicorn.Config(self._app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=60)
+        config = uvicorn.Config(
+            self._app, interface="asgi3", log_config=None, access_log=False, lifespan="off", timeout_keep_alive=60
+        )
         self._server = _Server(config)
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._told_to_stop)

@@ -70,6 +70,11 @@ def unrecognized(names: list[str]) -> ApiError:
     return ApiError(400, f"Unrecognized request argument{plural} supplied: {', '.join(names)}")
 
 
+def unknown_parameter(param: str) -> ApiError:
+    """A field inside another that nobody knows."""
+    return ApiError(400, f"Unknown parameter: '{param}'.", param=param, code="unknown_parameter")
+
+
 def missing(param: str) -> ApiError:
     return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
 

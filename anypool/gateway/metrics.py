@@ -62,7 +62,8 @@ class Metrics:
         """Tokens that arrived together; seconds_each is None with the first ones of a stream."""
         self._tokens.inc(count)
         if seconds_each is not None:
-            self._between.observe(seconds_each)
+            for _ in range(count):
+                self._between.observe(seconds_each)
 
     def finished(self, reason: str) -> None:
         self._success.labels(self._model, reason).inc()

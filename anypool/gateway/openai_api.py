@@ -17,6 +17,7 @@ from anypool.gateway.errors import (
     invalid_value,
     missing,
     not_an_object,
+    unknown_parameter,
     unrecognized,
     unsupported,
     unsupported_value,
@@ -37,6 +38,7 @@ _COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>\$[^`]*)`)?", re.DOTAL
 _TYPE = re.compile(r"Expected `(?P<wanted>[^`]+)`, got `(?P<got>\w+)`")
 _RANGE = re.compile(r"Expected `(?P<kind>int|float)` (?P<sign><=|>=|<|>) (?P<limit>\S+)")
 _LENGTH = re.compile(r"Expected `array` of length (?P<sign><=|>=) (?P<limit>\d+)")
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
 _MISSING = re.compile(r"Object missing required field `(?P<name>\w+)`")
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -130,8 +132,7 @@ def _check_fields(
     fields = set(known.__struct_fields__)
     unknown = [name for name in data if name not in fields and name not in harmless]
     if unknown and path:
-        name = f"{path}.{unknown[0]}"
-        raise ApiError(400, f"Unknown parameter: '{name}'.", param=name, code="unknown_parameter")
+        raise unknown_parameter(f"{path}.{unknown[0]}")
     if unknown:
         raise unrecognized(unknown)
     for name, value in data.items():
@@ -211,6 +212,8 @@ def _translated(complaint: str, data: Mapping[str, Any]) -> ApiError:
     what, path = parts["what"], (parts["path"] or "$").removeprefix("$").removeprefix(".")
     if match := _MISSING.fullmatch(what):
         return missing(f"{path}.{match['name']}" if path else match["name"])
+    if match := _UNKNOWN.fullmatch(what):
+        return unknown_parameter(f"{path}.{match['name']}")
     if match := _TYPE.fullmatch(what):
         wanted = [_KINDS[kind] for kind in match["wanted"].split(" | ") if kind != "null"]
         got = _KINDS[match["got"]]

@@ -41,9 +41,6 @@ BUNDLED = {
 }
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
-# Some repositories hold the same weights twice, for their vendor's own code.
-_HUB_IGNORED = ["original/*", "consolidated*"]
 
 _CHUNK_BYTES = 64 * 1024
 _NUM_CHUNKS = 64
@@ -72,7 +69,10 @@ def resolve(model: str, progress: Progress | None = None) -> Path:
             raise ModelNotFoundError(f"{path} is a file but no .gguf; name a .gguf file or a Hugging Face directory")
         return _converted(path, progress)
     if path.suffix != ".gguf" and _HUB_ID.fullmatch(model):
-        return _from_hub(model, progress)
+        # Imported here because it takes a quarter of a second that nothing else needs.
+        from anypool.models import hub
+
+        return hub.fetch(model, _with_name(progress, f"fetching {model}"))
     raise ModelNotFoundError(_unknown(model))
 
 
@@ -137,10 +137,9 @@ def _convert_into(path: Path, models: Path, target: Path, progress: Progress | N
             f"{free / 2**30:.1f} GiB free; "
             "set ANYPOOL_CACHE to a directory with more room"
         )
-    report = None if progress is None else lambda done, total: progress(f"converting {path.name}", done, total)
     temporary = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=models))
     try:
-        gguf.convert(path, temporary, report)
+        gguf.convert(path, temporary, _with_name(progress, f"converting {path.name}"))
         temporary.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared cache
         temporary.rename(target)
     except OSError:
@@ -149,6 +148,10 @@ def _convert_into(path: Path, models: Path, target: Path, progress: Progress | N
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _with_name(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress(name, done, total)
 
 
 def _fingerprint(path: Path) -> str:
@@ -181,40 +184,3 @@ def _lock(path: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def _from_hub(model: str, progress: Progress | None) -> Path:
-    """Fetch a repository into the hub's own cache, or find it there when the hub cannot be reached."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    if progress is not None:
-        progress(f"fetching {model}", 0, 0)
-    try:
-        directory = snapshot_download(model, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_IGNORED)
-    except GatedRepoError as error:
-        raise ModelNotFoundError(
-            f"access to {model} must be granted on the hub: accept its terms there, then run `hf auth login` "
-            "or "
-            "set HF_TOKEN"
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelNotFoundError(
-            f"the hub has no model {model} (or it is private and HF_TOKEN is not set), and there is no such directory"
-        ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelNotFoundError(
-            f"{model} is not in the local cache and cannot be fetched from the hub ({_first_line(error)}); run "
-            f"`hf download {model}` where there is a network, or name a local directory or .gguf file"
-        ) from error
-    return Path(directory)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

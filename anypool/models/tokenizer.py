@@ -7,10 +7,8 @@ Only the gateway and the command line use this: workers know no text.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from anypool.models.config import ending_tokens, read_json
 from anypool.models.errors import ChatTemplateError, TokenizerError
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
@@ -43,7 +40,6 @@ class Tokenizer:
         self._core = core
         self._templates = dict(templates)
         self._compiled: dict[str, jinja2.Template] = {}
-        self._added = dict(core.get_added_tokens_decoder())
 
     @classmethod
     def load(cls, directory: Path) -> Tokenizer:
@@ -76,11 +72,6 @@ class Tokenizer:
             eos_ids = () if token_id is None else (token_id,)
         return cls(core, named, eos_ids, _templates(directory, settings))
 
-    def to_json(self) -> str:
-        """The content of `tokenizer.json`."""
-        text: str = self._core.to_str()
-        return text
-
     @property
     def vocab_size(self) -> int:
         """How many tokens there are; a model's table of embeddings may have more rows."""
@@ -90,10 +81,6 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         token = self.named_tokens.get("bos_token")
         return None if token is None else self._core.token_to_id(token)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return bool(self._templates)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Special tokens written out in it are recognised.
@@ -107,32 +94,9 @@ class Tokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, as a half-finished character does."""
         return str(self._core.decode(list(ids), skip_special_tokens=skip_special))
 
-    def is_special(self, token_id: int) -> bool:
-        """Whether `decode` leaves the token out by default."""
-        added = self._added.get(token_id)
-        return added is not None and bool(added.special)
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for, with which a text can be put together token by token.
-
-        Ids that no token has (a model's embeddings may be padded) stand for nothing. SentencePiece's decoder
-        drops the space before a text's first word; here it is kept.
-        """
-        added = self._added.get(token_id)
-        if added is not None:
-            return str(added.content).encode()
-        token = self._core.id_to_token(token_id)
-        if token is None:
-            return b""
-        if self._kind == "byte_level":
-            try:
-                return bytes(_BYTE_OF[character] for character in token)
-            except KeyError:  # not of the byte alphabet, so the decoder passes it on as it is
-                return str(token).encode()
-        if self._kind == "byte_fallback":
-            byte = _BYTE_TOKEN.fullmatch(token)
-            return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
-        return str(token).encode()
+    def to_json(self) -> str:
+        """The tokenizer as a `tokenizer.json`, for those who need its vocabulary and decoder token by token."""
+        return str(self._core.to_str())
 
     def render_chat(
         self,
@@ -185,14 +149,6 @@ class Tokenizer:
                     f"the model's chat template is broken at line {error.lineno}: {error}"
                 ) from error
         return self._compiled[name]
-
-    @cached_property
-    def _kind(self) -> str:
-        """Which alphabet the tokens are written in, as the decoder tells."""
-        decoder = json.dumps(json.loads(self._core.to_str())["decoder"])
-        if '"ByteLevel"' in decoder:
-            return "byte_level"
-        return "byte_fallback" if '"ByteFallback"' in decoder else "plain"
 
 
 def _text(token: Any) -> str:
@@ -252,17 +208,3 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     return environment
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's stand-in for every byte: itself where it prints, else the next free code point from 256."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()

@@ -1,9 +1,13 @@
 """Where models come from: names, paths, the cache shared by racing processes, the hub when it is away."""
 
 import contextlib
+import hashlib
+import http.server
+import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,35 +215,99 @@ def test_file_that_is_no_gguf(tmp_path):
 
 
 def run_resolve(model, **environment):
+    """In a process of its own, as the hub's library reads its environment once; returns what was printed."""
     code = (
         "import sys\nfrom anypool.models import ModelError, resolve\n"
-        "try:\n    print(resolve(sys.argv[1]))\nexcept ModelError as error:\n    print('error:', error)"
+        "try:\n    print(resolve(sys.argv[1], lambda *progress: print(*progress)))\n"
+        "except ModelError as error:\n    print('error:', error)"
     )
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", code, model],
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | environment,
-    ).stdout.strip()
+        env=os.environ | {"HF_HUB_OFFLINE": "0", "no_proxy": "127.0.0.1"} | environment,
+    )
+    assert done.stderr == ""
+    return done.stdout.splitlines()
 
 
 def test_hub_id_without_a_network(tmp_path):
-    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}):
-        said = run_resolve("org/name", HF_HOME=str(tmp_path), **environment)
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        (said,) = run_resolve("org/name", HF_HOME=str(tmp_path), **environment)
         assert said.startswith("error: org/name is not in the local cache and cannot be fetched from the hub (")
         assert said.endswith(
             "); run `hf download org/name` where there is a network, or name a local directory or .gguf file"
         )
 
 
-def test_hub_id_in_the_local_cache(tmp_path):
-    repository = tmp_path / "hub" / "models--org--name"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    tiny.write(snapshot, "llama2")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    assert run_resolve("org/name", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1") == str(snapshot)
+def test_hub_id_is_fetched_once_and_then_found_offline(tmp_path):
+    files = tiny.write(tmp_path / "served", "llama2")
+    (files / "pytorch_model.bin").touch()  # not asked for
+    with serve_as_hub(files) as endpoint:
+        *progress, directory = run_resolve("org/name", HF_HOME=str(tmp_path / "hub"), HF_ENDPOINT=endpoint)
+        (missing,) = run_resolve("org/other", HF_HOME=str(tmp_path / "hub"), HF_ENDPOINT=endpoint)
+    assert {path.name for path in Path(directory).iterdir()} == {"config.json", "model.safetensors"}
+    assert set(Checkpoint.open(Path(directory))) == set(tiny.tensors("llama2"))
+    total = sum((files / name).stat().st_size for name in ("config.json", "model.safetensors"))
+    assert f"fetching org/name {total} {total}" in progress
+    assert missing == (
+        "error: the hub has no model org/other (or it is private and HF_TOKEN is not set), and there is no such "
+        "directory"
+    )
+    assert run_resolve("org/name", HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1") == [directory]
+
+
+@contextlib.contextmanager
+def serve_as_hub(directory):
+    """A server with the few answers of the hub's API that fetching one model `org/name` takes."""
+    revision = "1" * 40
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.answer()
+
+        def log_message(self, *_):
+            pass
+
+        def answer(self):
+            path = self.path.split("?")[0]
+            if path.startswith("/org/name/resolve/"):
+                content = (directory / path.rsplit("/", 1)[-1]).read_bytes()
+                etag = hashlib.sha1(content).hexdigest()
+                self.reply(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": revision})
+            elif path.startswith("/api/models/org/name/tree/"):
+                files = [
+                    {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0" * 40}
+                    for file in directory.iterdir()
+                ]
+                self.reply(200, json.dumps(files).encode(), {"Content-Type": "application/json"})
+            elif path.startswith("/api/models/org/name"):
+                siblings = [{"rfilename": file.name} for file in directory.iterdir()]
+                info = {"id": "org/name", "sha": revision, "siblings": siblings}
+                self.reply(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+            else:
+                self.reply(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+        def reply(self, status, content, headers):
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(content))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_path_wins_over_hub_id(tmp_path, monkeypatch):
