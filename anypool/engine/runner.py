@@ -116,8 +116,10 @@ class Runner:
                 f"fewer than max_model_len {limits.max_model_len}: "
                 f"give at least {need} bytes, or lower max_model_len"
             )
-        shape = attention.cache_shape(self.num_blocks, config.num_kv_heads, config.head_dim)
-        self.caches: tuple[Any, ...] = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
+        self.caches: tuple[Any, ...] = tuple(
+            attention.new_cache(self.num_blocks, config.num_kv_heads, config.head_dim, jnp.dtype(dtype))
+            for _ in range(config.num_layers)
+        )
         self.shapes = ShapeSet.make(
             limits.max_num_seqs, limits.token_budget, limits.max_model_len, attention.bounded_by_table
         )

@@ -42,6 +42,10 @@ class PagedAttentionReference:
         """Shape of one layer's cache."""
         return (blocks, BLOCK, 2, kv_heads, head_dim)
 
+    def new_cache(self, blocks: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Array:
+        """One layer's cache, ready to be written."""
+        return jnp.zeros(self.cache_shape(blocks, kv_heads, head_dim), dtype)
+
     def apply(
         self,
         q_TNH: Array,

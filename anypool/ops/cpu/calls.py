@@ -102,6 +102,11 @@ class PagedAttentionCpu:
     def cache_shape(self, blocks: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return (blocks, kv_heads, 2, BLOCK * head_dim)
 
+    def new_cache(self, blocks: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Array:
+        shape = jax.ShapeDtypeStruct(self.cache_shape(blocks, kv_heads, head_dim), dtype)
+        cache: Array = jax.jit(jax.ffi.ffi_call("anypool_blank", shape))()
+        return cache
+
     def apply(
         self,
         q_TNH: Array,

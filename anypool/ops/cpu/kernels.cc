@@ -230,11 +230,19 @@ ffi::Error SiluMul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> gate, ffi::Buffer
   return ffi::Error::Success();
 }
 
+// ---- blank: memory as the allocator gives it ------------------------------------------------------------------------
+//
+// Large allocations are fresh pages, which cost nothing until a block is first used. Paged attention never lets what it
+// has not written reach a result, so the cache needs no zeros.
+
+ffi::Error Blank(ffi::ResultBuffer<ffi::F32>) { return ffi::Error::Success(); }
+
 // ---- paged attention: append this step's keys and values to the cache, then attend ----------------------------------
 //
 // A cache block holds, for each key-value head, the keys of 16 tokens transposed, [H, 16], and their values, [16, H].
 // Scores of 16 keys are one vector and no sum crosses lanes; keys are always taken from position 0 upwards, 32 at a
-// time from a multiple of 32, so a token's result does not depend on who asks for it.
+// time from a multiple of 32, so a token's result does not depend on who asks for it. Slots that no token of the
+// sequence has written are never read as values, and as keys only to be masked: a new cache may hold anything.
 
 struct Cache {
   float* data;
@@ -393,6 +401,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(anypool_silu_mul, SiluMul,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(anypool_blank, Blank, ffi::Ffi::Bind().Ret<ffi::Buffer<ffi::F32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(anypool_paged_attention, PagedAttention,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
