@@ -97,6 +97,15 @@ def up(
         int | None,
         typer.Option(min=0, max=65535, help="Listen on this port instead of the file's; 0 takes a free one."),
     ] = None,
+    pool: Annotated[
+        list[str] | None, typer.Option(help="Serve only from this pool of the file; give it several times.")
+    ] = None,
+    format: Annotated[
+        Format, typer.Option(help="What is printed once the fleet serves: text to read, or one line of JSON.")
+    ] = Format.table,
+    supervised: Annotated[
+        bool, typer.Option("--supervised", hidden=True, help="Started by another program: end when it ends.")
+    ] = False,
 ) -> None:
     """Serve a fleet: start its pools and one endpoint in front of them.
 
@@ -104,17 +113,22 @@ def up(
 
     - `anypool up` -- a small real model from two pools on this machine, at http://127.0.0.1:8000
     - `anypool up my-fleet.toml --port 9000`
+    - `anypool up --port 0 --format json` -- for a program: it reads the address from standard output
 
     Ctrl-C lets running streams finish and then stops; a second one stops at once.
     """
+    if supervised:
+        from anypool.pools.guard import die_with_parent
+
+        die_with_parent()
     from anypool.pools import load_fleet
 
-    loaded = load_fleet(fleet)
+    loaded = load_fleet(fleet).only(pool)
     gateway = loaded.gateway
     gateway = dataclasses.replace(gateway, host=host or gateway.host, port=gateway.port if port is None else port)
     from anypool.up import run
 
-    raise typer.Exit(run(dataclasses.replace(loaded, gateway=gateway)))
+    raise typer.Exit(run(dataclasses.replace(loaded, gateway=gateway), format=format.value))
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import logging
 import signal
 import socket
@@ -107,8 +108,11 @@ async def endpoint(
         listener.close()
 
 
-def run(fleet: Fleet) -> int:
-    """Serves the fleet until a signal; the exit code. Raises ValueErrors for what the user can mend."""
+def run(fleet: Fleet, *, format: str = "table") -> int:
+    """Serves the fleet until a signal; the exit code. Raises ValueErrors for what the user can mend.
+
+    format: `table` prints `summary` once the fleet serves, `json` prints `report`.
+    """
     console = Console(stderr=True)
     manager = PoolManager(fleet)
     listener = listen(fleet.gateway.host, fleet.gateway.port)
@@ -116,11 +120,16 @@ def run(fleet: Fleet) -> int:
         directory = _resolve(fleet.model.id, bars)
     tokenizer = Tokenizer.load(directory)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(fleet, manager, tokenizer, listener, console))
+        return runner.run(_serve(fleet, manager, tokenizer, listener, console, report if format == "json" else summary))
 
 
 async def _serve(
-    fleet: Fleet, manager: PoolManager, tokenizer: Tokenizer, listener: socket.socket, console: Console
+    fleet: Fleet,
+    manager: PoolManager,
+    tokenizer: Tokenizer,
+    listener: socket.socket,
+    console: Console,
+    describe: Callable[[Fleet, str, list[PoolState]], str],
 ) -> int:
     async with endpoint(fleet, manager, tokenizer, listener) as running:
         stopping = _on_signals(running)
@@ -135,7 +144,7 @@ async def _serve(
             ended.cancel()
             return 2
         if not stopping.is_set():
-            print(summary(fleet, running.url, list(pools)), flush=True)
+            print(describe(fleet, running.url, list(pools)), flush=True)
         await asyncio.wait([ended, running.serving], return_when=asyncio.FIRST_COMPLETED)
     return 0 if stopping.is_set() else 1
 
@@ -160,6 +169,13 @@ def summary(fleet: Fleet, url: str, pools: list[PoolState]) -> str:
         lines += ["Lose a pool in the middle of the answer, and not a token with it:", f"  kill -9 {victim}"]
     lines += ["API documentation:", f"  {url}/docs", "Ctrl-C lets running streams finish and stops; twice stops now."]
     return "\n".join(lines)
+
+
+def report(fleet: Fleet, url: str, pools: list[PoolState]) -> str:
+    """The same for a program, as one line of JSON."""
+    columns = ("name", "chip", "launcher", "state", "pid", "url", "last_error")
+    rows = [{column: getattr(pool, column) for column in columns} for pool in pools]
+    return json.dumps({"fleet": fleet.name, "model": fleet.model.name, "url": url, "pools": rows})
 
 
 def _on_signals(running: Endpoint) -> asyncio.Event:

@@ -23,8 +23,8 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,16 @@ class Fleet:
     def serving_pools(self) -> tuple[PoolSpec, ...]:
         """The pools that `anypool up` starts or joins."""
         return tuple(pool for pool in self.pools if pool.serves)
+
+    def only(self, names: Sequence[str] | None) -> Fleet:
+        """The fleet with no other pools than these; None leaves all. Raises FleetError for a name it does not have."""
+        if not names:
+            return self
+        known = [pool.name for pool in self.serving_pools]
+        for name in names:
+            if name not in known:
+                raise FleetError(f"fleet {self.name!r} serves from no pool {name!r}{suggestion(name, known)}")
+        return replace(self, pools=tuple(pool for pool in self.serving_pools if pool.name in names))
 
 
 def load_fleet(path: str | Path | None = None) -> Fleet:
