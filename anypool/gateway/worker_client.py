@@ -87,9 +87,12 @@ class WorkerStream:
         self._response = response
         self._decoder = msgspec.json.Decoder(_Event)
         self._rest = b""
+        self._failure: WorkerLost | None = None
 
     async def read(self) -> WorkerEvents:
-        """Wait for bytes and return the events they complete, perhaps none. Raises WorkerLost, ApiError."""
+        """Wait for bytes and return the events they complete, perhaps none. Raises WorkerLost."""
+        if self._failure is not None:
+            raise self._failure
         try:
             data = await self._response.content.readany()
         except TimeoutError as error:
@@ -103,10 +106,16 @@ class WorkerStream:
     def _parse(self, data: bytes) -> WorkerEvents:
         *complete, self._rest = (self._rest + data).split(b"\n\n")
         found = WorkerEvents()
-        for block in complete:
-            for line in block.split(b"\n"):
-                if line.startswith(b"data:"):
-                    self._take(line[5:].strip(), found)
+        try:
+            for block in complete:
+                for line in block.split(b"\n"):
+                    if line.startswith(b"data:"):
+                        self._take(line[5:].strip(), found)
+        except WorkerLost as loss:
+            # Tokens that came before the failure count; the next read reports it.
+            if not found.batches:
+                raise
+            self._failure = loss
         return found
 
     def _take(self, data: bytes, found: WorkerEvents) -> None:

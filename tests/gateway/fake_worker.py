@@ -151,6 +151,9 @@ class FakeWorker:
         left = asyncio.create_task(self._notice_leaving(reader))
         try:
             await self._generate(body, fault, writer)
+        except ConnectionError:
+            self.client_left.set()
+            raise
         finally:
             left.cancel()
             await asyncio.gather(left, return_exceptions=True)
@@ -202,6 +205,9 @@ class FakeWorker:
 
     async def _go_wrong(self, fault: Fault, sent: int, writer: asyncio.StreamWriter) -> None:
         await writer.drain()
+        # Both ends run in one event loop: a few turns of it, and the gateway has read what was sent.
+        for _ in range(20):
+            await asyncio.sleep(0)
         match fault.kind:
             case "close":
                 raise _Ended
