@@ -210,7 +210,7 @@ def generate(
     - `anypool generate smollm2-135m-instruct "What is a pool?"`
     - `anypool generate smollm2-135m-instruct "Once upon a time" --raw --temperature 0.8 --seed 7`
     """
-    from anypool.engine.generate import run
+    from anypool.generate import run
 
     run(
         model=model,

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import Progress, TaskID
 
 from anypool.gateway import Settings, create_app
-from anypool.models import Tokenizer, resolve
+from anypool.models import Tokenizer
 from anypool.pools import Fleet, PoolManager, PoolState
+from anypool.progress import bars, resolve_shown
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +117,8 @@ def run(fleet: Fleet, *, format: str = "table") -> int:
     console = Console(stderr=True)
     manager = PoolManager(fleet)
     listener = listen(fleet.gateway.host, fleet.gateway.port)
-    with _bars(console) as bars:
-        directory = _resolve(fleet.model.id, bars)
+    with bars(console) as shown:
+        directory = resolve_shown(fleet.model.id, shown)
     tokenizer = Tokenizer.load(directory)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         return runner.run(_serve(fleet, manager, tokenizer, listener, console, report if format == "json" else summary))
@@ -199,9 +200,9 @@ def _on_signals(running: Endpoint) -> asyncio.Event:
 async def _wait_until_settled(manager: PoolManager, console: Console) -> None:
     """Shows each pool's progress until every pool is ready, or has failed to be at least once."""
     pools = manager.pools.values()
-    with _bars(console) as bars:
-        tasks = {pool.name: bars.add_task(f"{pool.name}: starting", total=None) for pool in pools}
-        unsubscribe = manager.subscribe(lambda pool: _show(bars, tasks[pool.name], pool))
+    with bars(console) as shown:
+        tasks = {pool.name: shown.add_task(f"{pool.name}: starting", total=None) for pool in pools}
+        unsubscribe = manager.subscribe(lambda pool: _show(shown, tasks[pool.name], pool))
         try:
             await manager.wait_until(lambda: all(_settled(pool) for pool in pools))
         finally:
@@ -212,31 +213,15 @@ def _settled(pool: PoolState) -> bool:
     return pool.state in ("ready", "failed", "down", "draining") or pool.restarts > 0
 
 
-def _show(bars: Progress, task: TaskID, pool: PoolState) -> None:
+def _show(shown: Progress, task: TaskID, pool: PoolState) -> None:
     step = pool.progress
     if step is not None:
         detail = f" {step.detail}" if step.detail else ""
-        bars.update(task, description=f"{pool.name}: {step.phase}{detail}", completed=step.done, total=step.total)
+        shown.update(task, description=f"{pool.name}: {step.phase}{detail}", completed=step.done, total=step.total)
     elif pool.state == "ready":
-        bars.update(task, description=f"{pool.name}: ready", completed=1, total=1)
+        shown.update(task, description=f"{pool.name}: ready", completed=1, total=1)
     else:
-        bars.update(task, description=f"{pool.name}: {pool.state}")
-
-
-def _resolve(model: str, bars: Progress) -> Path:
-    """The model's directory; the first time it is fetched or converted here, once for all pools."""
-    task = bars.add_task(f"{model}: looking it up", total=None)
-
-    def show(phase: str, done: int, total: int) -> None:
-        bars.update(task, description=f"{model}: {phase}", completed=done, total=total or None)
-
-    return resolve(model, show)
-
-
-def _bars(console: Console) -> Progress:
-    """Progress bars for a terminal; silent elsewhere, where the log lines say enough."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        shown.update(task, description=f"{pool.name}: {pool.state}")
 
 
 def _url(listener: socket.socket) -> str:

@@ -50,6 +50,16 @@ class Limits:
     cache_bytes: int
 
 
+def block_bytes(config: ModelConfig, dtype: Any) -> int:
+    """Bytes of one cache block over all layers: keys and values of 16 tokens."""
+    return config.num_layers * 2 * BLOCK * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+def cache_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:
+    """Bytes of a cache that holds `tokens` tokens, the scratch block included."""
+    return (-(-tokens // BLOCK) + 1) * block_bytes(config, dtype)
+
+
 def persistent_compilation_cache() -> Path:
     """Makes JAX keep every compiled program on disk, so that the next start loads instead of compiling."""
     folder = cache_dir() / "compiled"
@@ -106,11 +116,9 @@ class Runner:
     def __init__(self, config: ModelConfig, params: Decoder, kernels: Kernels, limits: Limits, dtype: Any) -> None:
         self.config, self.params, self.kernels, self.limits = config, params, kernels, limits
         attention = kernels.paged_attention
-        per_block = attention.cache_shape(1, config.num_kv_heads, config.head_dim)
-        block_bytes = config.num_layers * int(np.prod(per_block)) * jnp.dtype(dtype).itemsize
-        self.num_blocks = limits.cache_bytes // block_bytes
+        self.num_blocks = limits.cache_bytes // block_bytes(config, dtype)
         if (self.num_blocks - 1) * BLOCK < limits.max_model_len:
-            need = (-(-limits.max_model_len // BLOCK) + 1) * block_bytes
+            need = cache_bytes(config, limits.max_model_len, dtype)
             raise ValueError(
                 f"a cache of {limits.cache_bytes} bytes holds {max(0, self.num_blocks - 1) * BLOCK} tokens, "
                 f"fewer than max_model_len {limits.max_model_len}: "
