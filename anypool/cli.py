@@ -230,6 +230,9 @@ def drill_serve(
     fleet: FleetArgument = None,
     kills: Annotated[int, typer.Option(min=1, help="How many workers to kill, each in the middle of a stream.")] = 10,
     seed: Annotated[int, typer.Option(help="Chooses the prompts, the streams and the tokens at which to kill.")] = 0,
+    stall: Annotated[
+        bool, typer.Option("--stall", help="Stop workers with SIGSTOP instead: alive, and silent.")
+    ] = False,
     format: FormatOption = Format.table,
 ) -> None:
     """Kill the serving worker in mid-stream, again and again, and compare every byte with an unbroken run.
@@ -242,9 +245,8 @@ def drill_serve(
     - `anypool drill serve --kills 50 --format json`
     """
     from anypool.drills.serve import run
-    from anypool.pools import load_fleet
 
-    raise typer.Exit(run(load_fleet(fleet), kills=kills, seed=seed, format=format.value))
+    raise typer.Exit(run(fleet, kills=kills, seed=seed, stall=stall, format=format.value))
 
 
 @bench.command("serve")

@@ -131,11 +131,11 @@ class LocalPool:
         self._ready_at, self._error = None, None
         self.state.update(state="starting", url=None, pid=None, progress=None)
         try:
-            worker = await WorkerProcess.start(
+            worker = WorkerProcess.start(
                 self._command, environment=self._environment, on_event=self._on_event, on_log=self._on_log
             )
         except OSError as error:
-            self.state.update(last_error=f"the worker cannot be started: {error}")
+            self.state.update(last_error=f"{self._command[0]} cannot be started: {error.strerror or error}")
             return USER_ERROR
         self._worker = worker
         self.state.update(pid=worker.pid)

@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import json
 import signal
+import subprocess
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
+from typing import IO, Any
 
 _LINE_LIMIT_BYTES = 1 << 20
 
@@ -23,11 +25,14 @@ class WorkerProcess:
 
     on_event: called with each JSON object of the worker's standard output.
     on_log: called with each line of its standard error, without the newline.
+
+    `subprocess` rather than the event loop's own: the latter's child processes inherit the pipes of other workers
+    under uvloop, and a pipe that two processes hold open does not end when one of them does.
     """
 
     def __init__(
         self,
-        process: asyncio.subprocess.Process,
+        process: subprocess.Popen[bytes],
         on_event: Callable[[dict[str, Any]], None],
         on_log: Callable[[str], None],
     ) -> None:
@@ -37,15 +42,17 @@ class WorkerProcess:
         self._on_event = on_event
         self._on_log = on_log
         self._last_lines: deque[str] = deque(maxlen=20)
-        assert process.stdout is not None and process.stderr is not None
-        # Whichever comes first, the end of its output or of the process, says that the worker is gone: the
-        # kernel closes a dying process's pipes before it reports the death.
-        self._output = asyncio.create_task(self._read_events(process.stdout))
-        self._errors = asyncio.create_task(self._read_log(process.stderr))
-        self._exit = asyncio.create_task(self._watch_exit())
+        # Whichever comes first, the end of its output or of the process, says that the worker is gone: the kernel
+        # closes a dying process's pipes before it reports the death.
+        self._output = asyncio.create_task(self._read_events())
+        self._errors = asyncio.create_task(self._read_log())
+        self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        threading.Thread(
+            target=self._watch_exit, args=(asyncio.get_running_loop(),), name=f"worker {self.pid}", daemon=True
+        ).start()
 
     @classmethod
-    async def start(
+    def start(
         cls,
         command: Sequence[str],
         *,
@@ -53,19 +60,14 @@ class WorkerProcess:
         on_event: Callable[[dict[str, Any]], None],
         on_log: Callable[[str], None],
     ) -> WorkerProcess:
-        """Starts `command`. Raises OSError if it cannot be run.
+        """Starts `command`; call it in the event loop. Raises OSError if it cannot be run.
 
-        The worker gets a session of its own, so that Ctrl-C in a terminal reaches only the launcher, which
-        drains before it stops its workers.
+        The worker gets a session of its own, so that Ctrl-C in a terminal reaches only the launcher, which drains
+        before it stops its workers.
         """
-        process = await asyncio.create_subprocess_exec(
-            *command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            start_new_session=True,
-            limit=_LINE_LIMIT_BYTES,
-            env=environment,
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True, env=environment
         )
         return cls(process, on_event, on_log)
 
@@ -87,11 +89,13 @@ class WorkerProcess:
 
     async def ended(self) -> int:
         """Waits until the process is reaped and its last words are read; its exit code or -signal."""
-        code = await self._exit
+        code = await asyncio.shield(self._exit)
         # A grandchild may hold the pipes open long after the worker is dead: do not wait for it.
         await asyncio.wait([self._output, self._errors], timeout=1.0)
         for task in (self._output, self._errors):
             task.cancel()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
         return code
 
     async def stop(self, grace_seconds: float) -> int:
@@ -110,14 +114,20 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.send_signal(number)
 
-    async def _watch_exit(self) -> int:
-        try:
-            return await self._process.wait()
-        finally:
-            self.gone.set()
+    def _watch_exit(self, loop: asyncio.AbstractEventLoop) -> None:
+        """In a thread of its own: waits for the death of the process and tells the event loop."""
+        code = self._process.wait()
+        # The loop may be closed already when the launcher itself goes down.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(self._exited, code)
 
-    async def _read_events(self, stream: asyncio.StreamReader) -> None:
-        async for line in _lines(stream):
+    def _exited(self, code: int) -> None:
+        self._exit.set_result(code)
+        self.gone.set()
+
+    async def _read_events(self) -> None:
+        assert self._process.stdout is not None
+        async for line in _lines(self._process.stdout):
             try:
                 event = json.loads(line)
             except ValueError:
@@ -129,8 +139,9 @@ class WorkerProcess:
                 self._keep(line)
         self.gone.set()
 
-    async def _read_log(self, stream: asyncio.StreamReader) -> None:
-        async for line in _lines(stream):
+    async def _read_log(self) -> None:
+        assert self._process.stderr is not None
+        async for line in _lines(self._process.stderr):
             self._keep(line)
 
     def _keep(self, line: str) -> None:
@@ -139,13 +150,19 @@ class WorkerProcess:
         self._on_log(line)
 
 
-async def _lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
-    """The stream's lines as text without the newline; a line over the limit is dropped, not fatal."""
-    while True:
-        try:
-            line = await stream.readline()
-        except ValueError:
-            continue
-        if not line:
-            return
-        yield line.decode("utf-8", "replace").rstrip("\r\n")
+async def _lines(pipe: IO[bytes]) -> AsyncIterator[str]:
+    """The pipe's lines as text without the newline, until its end; a line over the limit is dropped, not fatal."""
+    stream = asyncio.StreamReader(_LINE_LIMIT_BYTES)
+    loop = asyncio.get_running_loop()
+    transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), pipe)
+    try:
+        while True:
+            try:
+                line = await stream.readline()
+            except ValueError:
+                continue
+            if not line:
+                return
+            yield line.decode("utf-8", "replace").rstrip("\r\n")
+    finally:
+        transport.close()

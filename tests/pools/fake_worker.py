@@ -62,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def on_term(*_: object) -> None:
+def on_term() -> None:
     state["terms"] += 1
     print(f"sigterm {state['terms']}", file=sys.stderr, flush=True)
     if arguments.fault == "ignores-term":
@@ -73,9 +73,9 @@ def on_term(*_: object) -> None:
     threading.Thread(target=lambda: (finished.wait(), os._exit(0))).start()
 
 
-if arguments.fault != "no-guard":
-    guard.die_with_parent()
-signal.signal(signal.SIGTERM, on_term)
+# Waited for, not handled: a handler set just before the main thread sleeps would run only when it wakes up.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+guard.die_with_parent()
 if arguments.fault == "user-error":
     say("error", message="model 'nope' is not known; did you mean 'smollm2-135m-instruct'?")
     sys.exit(2)
@@ -92,4 +92,5 @@ if arguments.fault != "never-ready":
     state["status"] = "ready"
     say("ready")
 while True:
-    signal.pause()
+    signal.sigwait({signal.SIGTERM})
+    on_term()

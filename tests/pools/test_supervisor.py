@@ -130,7 +130,7 @@ async def test_a_command_that_cannot_run_fails():
     manager = PoolManager(fleet, command=lambda fleet, spec: ["/nonexistent/worker"])
     async with manager:
         await manager.wait_until(lambda: all(pool.state == "failed" for pool in manager.pools.values()))
-        assert "/nonexistent/worker" in manager.pools["a"].last_error
+        assert manager.pools["a"].last_error == "/nonexistent/worker cannot be started: No such file or directory"
 
 
 @pytest.mark.parametrize("fault", ["/mute", "/stuck"])
