@@ -85,12 +85,12 @@ def test_prompts_share_a_step_with_decoding_and_never_hold_it_up() -> None:
 
 
 def test_a_running_prompt_leaves_budget_to_those_after_it() -> None:
-    engine = scheduler(token_budget=36)
+    engine = scheduler(token_budget=32)
     engine.add(request("a", 16))
     turn(engine)
     engine.add(request("b", 100, priority=-1))
     turn(engine)
-    assert turn(engine)[0] == [("b", 32, 32), ("a", 17, 1)]
+    assert turn(engine)[0] == [("b", 16, 16), ("a", 17, 1)]
 
 
 def test_the_last_tile_of_a_prompt_costs_a_whole_one() -> None:
@@ -317,6 +317,16 @@ def test_a_request_starts_only_with_room_for_its_whole_prompt() -> None:
     assert turn(engine)[0] == [("b", 0, 32)]
 
 
+def test_a_request_starts_only_with_room_for_the_others_to_grow() -> None:
+    engine = scheduler(blocks=11)
+    engine.add(request("a", 80, max_tokens=30))
+    turn(engine)
+    engine.add(request("b", 64, max_tokens=2))  # four blocks, as many as a leaves now
+    while "a" in engine.requests:
+        assert [id for id, *_ in turn(engine)[0]] == ["a"]
+    assert turn(engine)[0] == [("b", 0, 64)]
+
+
 def test_a_large_request_is_not_overtaken_by_small_ones() -> None:
     engine = scheduler(blocks=11)
     engine.add(request("a", 90, max_tokens=4))
@@ -401,6 +411,20 @@ def test_cancelled_requests_do_not_pile_up_in_the_queue() -> None:
         engine.cancel(f"r{index}")
     assert engine.num_waiting == 0
     assert len(engine._waiting) < 100
+
+
+def test_cancelling_many_keeps_the_order_of_the_others() -> None:
+    engine = scheduler(max_num_seqs=1)
+    for index in range(300):
+        engine.add(request(f"r{index}", 4, max_tokens=1, priority=index * 37 % 101))
+    kept = list(engine.requests.values())[::7]
+    for id in list(engine.requests):
+        if engine.requests[id] not in kept:
+            engine.cancel(id)
+    order = []
+    while engine.requests:
+        order += [id for id, *_ in turn(engine)[0]]
+    assert order == [one.id for one in sorted(kept, key=lambda one: one.rank)]
 
 
 # -- admission --------------------------------------------------------------------------------------------------------
