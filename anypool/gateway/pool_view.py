@@ -24,7 +24,7 @@ _LONGEST_RETRY_SECONDS = 5.0
 
 
 class Pool(Protocol):
-    """What the gateway reads of a pool's state (`pools.state.PoolState`). `listeners` are called on every change."""
+    """What the gateway reads of a pool's state (`pools.PoolState`)."""
 
     name: str
     launcher: str
@@ -36,14 +36,15 @@ class Pool(Protocol):
     model: str
     api_key: str | None
     restarts: int
-    listeners: list[Callable[[Any], None]]
 
 
 class PoolManager(Protocol):
-    """What the gateway needs of the pool manager. Starting and stopping it is the caller's affair."""
+    """What the gateway needs of `pools.PoolManager`. Starting and stopping it is the caller's affair."""
 
     @property
     def pools(self) -> Mapping[str, Any]: ...
+    def subscribe(self, listener: Callable[[Any], None]) -> Callable[[], None]:
+        """Call `listener` with a pool at once when anything about it changes; the result ends that."""
 
 
 class PoolView:
@@ -111,21 +112,17 @@ class PoolViews:
         self._client = client
         self._changed = asyncio.Event()
         self._followers: dict[PoolView, asyncio.Task[None]] = {}
-        self._removers: list[Callable[[], None]] = []
+        self._manager = manager
+        self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
+        by_name = {view.name: view for view in self.pools}
+        self._unsubscribe = self._manager.subscribe(lambda pool: self._update(by_name[pool.name]))
         for view in self.pools:
-
-            def listener(_: Any, view: PoolView = view) -> None:
-                self._update(view)
-
-            view.pool.listeners.append(listener)
-            self._removers.append(lambda view=view, listener=listener: view.pool.listeners.remove(listener))  # type: ignore[misc]
             self._update(view)
 
     async def stop(self) -> None:
-        for remove in self._removers:
-            remove()
+        self._unsubscribe()
         followers = list(self._followers.values())
         for task in followers:
             task.cancel()

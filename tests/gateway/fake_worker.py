@@ -47,6 +47,7 @@ class FakeWorker:
         self.eos_ids = frozenset(eos_ids)
         self.faults: deque[Fault] = deque()
         self.requests: list[dict[str, Any]] = []
+        self.authorizations: list[str] = []
         self.per_event = 1
         self.separate_finish = False
         self.cached_tokens = 0
@@ -104,6 +105,9 @@ class FakeWorker:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
                 lengths = [int(line.split(":")[1]) for line in head if line.lower().startswith("content-length")]
+                self.authorizations += [
+                    line.split(": ")[1] for line in head if line.lower().startswith("authorization")
+                ]
                 body = await reader.readexactly(lengths[0] if lengths else 0)
                 await self._answer(head[0].split(" ")[1], body, reader, writer)
         except (_Ended, asyncio.IncompleteReadError, ConnectionError):
@@ -191,7 +195,7 @@ class FakeWorker:
 
     def _chunk(self, body: dict[str, Any], ids: list[int], finish: str | None, early: bool) -> dict[str, Any]:
         logprobs = None
-        if body["logprobs"] is not None:
+        if body.get("logprobs") is not None:
             logprobs = {
                 "token_logprobs": [-token / 100 for token in ids],
                 "top_logprobs": [[[token, -token / 100]] * body["logprobs"] for token in ids],

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +25,15 @@ class FakeManager:
 
     def __init__(self) -> None:
         self.pools: dict[str, PoolState] = {}
+        self._listeners: list[Callable[[PoolState], None]] = []
+
+    def subscribe(self, listener: Callable[[PoolState], None]) -> Callable[[], None]:
+        self._listeners.append(listener)
+        return lambda: self._listeners.remove(listener)
+
+    def _tell(self, pool: PoolState) -> None:
+        for listener in list(self._listeners):
+            listener(pool)
 
     def add(self, name: str, worker: FakeWorker | None, **fields: Any) -> PoolState:
         """A ready pool served by `worker`, or one that is down."""
@@ -33,8 +42,9 @@ class FakeManager:
             settings = {"state": "ready", "url": worker.url, "pid": worker.port, **settings}
         else:
             settings = {"state": "down", **settings}
-        self.pools[name] = PoolState(name=name, **settings)
-        return self.pools[name]
+        pool = self.pools[name] = PoolState(name=name, **settings)
+        pool.listeners.append(self._tell)
+        return pool
 
 
 class Gateway:
@@ -73,9 +83,13 @@ class Gateway:
 
     async def usable(self, count: int) -> None:
         """Wait until so many pools are usable."""
+        await self.until(lambda pools: sum(pool["usable"] for pool in pools.values()) == count)
+
+    async def until(self, condition: Callable[[dict[str, Any]], bool]) -> None:
+        """Wait until what /health says of the pools, by name, fulfils a condition."""
         while True:
             _, health = await self.get("/health")
-            if sum(pool["usable"] for pool in health["pools"]) == count:
+            if condition({pool["name"]: pool for pool in health["pools"]}):
                 return
             await asyncio.sleep(0.005)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from anypool.gateway import Settings
-from tests.gateway.fake_worker import Fault, FakeWorker
+from tests.gateway.fake_worker import FakeWorker, Fault
 from tests.gateway.serving import MODEL, TEXT, FakeManager, Gateway, content, gateway, tokens_of, without_names
 
 TOKENS = tokens_of()
@@ -134,7 +134,9 @@ async def test_the_replay_is_the_prompt_and_the_emitted_ids():
         assert sent["seed"] == resent["seed"] == SEED
         assert sent["anypool"]["request_id"] != resent["anypool"]["request_id"]
         changed = {"prompt", "max_tokens", "anypool"}
-        assert {k: v for k, v in sent.items() if k not in changed} == {k: v for k, v in resent.items() if k not in changed}
+        assert {k: v for k, v in sent.items() if k not in changed} == {
+            k: v for k, v in resent.items() if k not in changed
+        }
 
 
 async def test_without_a_seed_both_attempts_get_the_same_one_and_requests_differ():
@@ -360,8 +362,7 @@ async def test_a_client_that_leaves_cancels_the_work(stream, n):
         await workers[0].holding.wait()
         posting.cancel()
         await workers[0].client_left.wait()
-        while (await client.get("/health"))[1]["pools"][0]["in_flight"]:
-            await asyncio.sleep(0.005)
+        await client.until(lambda pools: pools["a"]["in_flight"] == 0)
 
 
 async def test_a_stop_string_cancels_the_rest():

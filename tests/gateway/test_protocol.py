@@ -80,7 +80,8 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, Any], str | None, str | None, str
     (BOTH, {"logit_bias": [1]}, "logit_bias", "invalid_type",
      "Invalid type for 'logit_bias': expected an object, but got an array instead."),
     (BOTH, {"stop": ["a"] * 5}, "stop", "array_above_max_length",
-     "Invalid 'stop': array too long. Expected an array with maximum length 4, but got an array with length 5 instead."),
+     ("Invalid 'stop': array too long. Expected an array with maximum length 4, but got an array with length 5 "
+      "instead.")),
     (BOTH, {"stop": ""}, "stop", "empty_string", "Invalid 'stop': a stop string must not be empty."),
     (BOTH, {"stop": [1]}, "stop[0]", "invalid_type",
      "Invalid type for 'stop[0]': expected a string, but got an integer instead."),
@@ -109,9 +110,9 @@ REFUSED: list[tuple[tuple[str, ...], dict[str, Any], str | None, str | None, str
      "Unsupported parameter: 'tools' is not supported by this server yet. Leave it out."),
     (("chat",), {"tool_choice": "auto"}, "tool_choice", "unsupported_value",
      "Unsupported value: 'tool_choice' does not support \"auto\" on this server. Use \"none\"."),
-    (("chat",), {"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "unsupported_value",
-     "Unsupported value: 'response_format' does not support {\"type\":\"json_schema\",\"json_schema\":{}} on this "
-     "server. Use {\"type\":\"text\"}."),
+    (("chat",), {"response_format": {"type": "json_schema"}}, "response_format", "unsupported_value",
+     ("Unsupported value: 'response_format' does not support {\"type\":\"json_schema\"} on this server. Use "
+      "{\"type\":\"text\"}.")),
     (("chat",), {"modalities": ["text", "audio"]}, "modalities", "unsupported_value",
      "Unsupported value: 'modalities' does not support [\"text\",\"audio\"] on this server. Use [\"text\"]."),
     *[(("chat",), {name: {}}, name, "unsupported_parameter",
@@ -172,7 +173,8 @@ def test_malformed_requests_get_their_exact_error(endpoint, fields, param, code,
 
 @pytest.mark.parametrize("endpoint", BOTH)
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"{'a': 1}", b'{"model": NaN}', b"\xff\xfe", b'{"a":"\xff"}', b'{"a": "\\ud800"}', b"[" * 100_000]
+    "body",
+    [b"", b"{", b"{'a': 1}", b'{"model": NaN}', b"\xff\xfe", b'{"a":"\xff"}', b'{"a": "\\ud800"}', b"[" * 100_000],
 )
 def test_what_is_no_json_is_refused(endpoint, body):
     with pytest.raises(ApiError) as caught:
@@ -180,7 +182,9 @@ def test_what_is_no_json_is_refused(endpoint, body):
     assert (caught.value.status, caught.value.body.message) == (400, JSON_HINT)
 
 
-@pytest.mark.parametrize(("body", "kind"), [(b"[]", "an array"), (b'"x"', "a string"), (b"null", "null"), (b"1", "an integer")])
+@pytest.mark.parametrize(
+    ("body", "kind"), [(b"[]", "an array"), (b'"x"', "a string"), (b"null", "null"), (b"1", "an integer")]
+)
 def test_json_that_is_no_object_is_refused(body, kind):
     with pytest.raises(ApiError) as caught:
         read("chat", body)
@@ -194,12 +198,24 @@ HARMLESS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     (BOTH, {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}}),
     (BOTH, {"stream": False, "stream_options": None}),
     (BOTH, {"temperature": 1, "top_p": 0, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True}),
-    (BOTH, {"stop_token_ids": [1], "return_token_ids": True, "priority": -1, "cache_salt": "s", "anypool": {"trace": True}}),
+    (
+        BOTH,
+        {
+            "stop_token_ids": [1],
+            "return_token_ids": True,
+            "priority": -1,
+            "cache_salt": "s",
+            "anypool": {"trace": True},
+        },
+    ),
     (BOTH, {"seed": -(2**63), "n": 128, "stop": ["a", "b", "c", "d"]}),
     (("chat",), {"parallel_tool_calls": True, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}}),
     (("chat",), {"modalities": ["text"], "prompt_cache_key": "k", "logprobs": False}),
     (("chat",), {"messages": [{"role": "developer", "content": [{"type": "text", "text": "x"}]}]}),
-    (("chat",), {"messages": [{"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []}]}),
+    (
+        ("chat",),
+        {"messages": [{"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []}]},
+    ),
     (("completion",), {"best_of": 2, "n": 2, "echo": False, "suffix": None}),
 ]
 
@@ -231,8 +247,8 @@ CONTEXT = 64
           "prompt, 5 in the completion). Please reduce the length of the prompt or completion.", "param": "prompt",
           "code": "context_length_exceeded"}),
         ("chat/completions", {"messages": [{"role": "user", "content": "x" * 100}]}, 400,
-         {"message": "This model's maximum context length is 64 tokens. However, your messages resulted in 119 tokens and "
-          "at least 1 must be left for the answer. Please reduce the length of the messages.", "param": "messages",
+         {"message": "This model's maximum context length is 64 tokens. However, your messages resulted in 119 tokens "
+          "and at least 1 must be left for the answer. Please reduce the length of the messages.", "param": "messages",
           "code": "context_length_exceeded"}),
         ("chat/completions", {"messages": [*MESSAGES, {"role": "system", "content": ""}]}, 400,
          {"message": "Invalid 'messages': the model's chat template rejects the messages: system must come first",
@@ -244,8 +260,8 @@ CONTEXT = 64
          {"message": "Invalid 'prompt[1]': token id -1 is not one of the model's, 0 to 267.", "param": "prompt[1]",
           "code": "invalid_value"}),
         ("completions", {"prompt": [5, "x"]}, 400,
-         {"message": "Invalid type for 'prompt[1]': expected an integer, but got a string instead.", "param": "prompt[1]",
-          "code": "invalid_type"}),
+         {"message": "Invalid type for 'prompt[1]': expected an integer, but got a string instead.",
+          "param": "prompt[1]", "code": "invalid_type"}),
         ("completions", {"prompt": []}, 400,
          {"message": "Invalid 'prompt': empty array. Expected an array with minimum length 1, but got an empty array "
           "instead.", "param": "prompt", "code": "empty_array"}),
@@ -283,10 +299,13 @@ async def test_a_body_without_a_length_is_limited_too():
         for _ in range(100):
             yield b" " * 100
 
-    async with FakeWorker(tokens_of()) as worker, gateway([worker], settings=Settings(max_body_bytes=4096)) as client:
-        async with client.session.post(client.base + "/v1/completions", data=endless()) as response:
-            assert response.status == 413
-            assert (await response.json())["error"]["code"] == "request_too_large"
+    async with (
+        FakeWorker(tokens_of()) as worker,
+        gateway([worker], settings=Settings(max_body_bytes=4096)) as client,
+        client.session.post(client.base + "/v1/completions", data=endless()) as response,
+    ):
+        assert response.status == 413
+        assert (await response.json())["error"]["code"] == "request_too_large"
 
 
 async def test_without_a_pool_requests_are_refused_until_one_is_back():
@@ -304,13 +323,16 @@ async def test_without_a_pool_requests_are_refused_until_one_is_back():
 
 
 async def test_the_smallest_pool_gives_the_context_and_chats_go_to_its_end():
-    async with FakeWorker(tokens_of(), max_model_len=80) as a, FakeWorker(tokens_of(), max_model_len=64) as b:
-        async with gateway([a, b]) as client:
-            assert (await client.get("/v1/models"))[1]["data"][0]["max_model_len"] == 64
-            status, body = await client.post("/v1/chat/completions", {"model": MODEL, "messages": MESSAGES})
-            assert status == 200
-            assert body["usage"]["total_tokens"] == 64
-            assert body["choices"][0]["finish_reason"] == "length"
+    async with (
+        FakeWorker(tokens_of(), max_model_len=80) as a,
+        FakeWorker(tokens_of(), max_model_len=64) as b,
+        gateway([a, b]) as client,
+    ):
+        assert (await client.get("/v1/models"))[1]["data"][0]["max_model_len"] == 64
+        status, body = await client.post("/v1/chat/completions", {"model": MODEL, "messages": MESSAGES})
+        assert status == 200
+        assert body["usage"]["total_tokens"] == 64
+        assert body["choices"][0]["finish_reason"] == "length"
 
 
 async def test_models_health_docs_and_metrics():
@@ -343,6 +365,7 @@ async def test_models_health_docs_and_metrics():
 
 async def test_an_unexpected_failure_is_an_error_in_openais_shape():
     async with FakeWorker(tokens_of()) as worker, gateway([worker]) as client:
+
         def broken():
             raise RuntimeError("a bug")
 

@@ -75,7 +75,9 @@ def test_deltas_join_to_the_full_decoding(stream, data, logprobs):
 @given(KINDS, st.text())
 def test_valid_text_comes_back_without_replacement_characters(kind, text):
     ids = CORES[kind].encode(text, add_special_tokens=False).ids
-    for token_id in TextStream(VOCABULARIES[kind], continues=True).push(TokenBatch(list(ids), finish_reason="stop")).text:
+    for token_id in (
+        TextStream(VOCABULARIES[kind], continues=True).push(TokenBatch(list(ids), finish_reason="stop")).text
+    ):
         assert token_id != "\ufffd" or "\ufffd" in text
     stream = TextStream(VOCABULARIES[kind], continues=True)
     shown = "".join(stream.push(TokenBatch([token_id])).text for token_id in ids)
@@ -159,7 +161,7 @@ def test_only_what_may_become_a_stop_string_is_held_back(stream):
 
 
 def test_a_stop_string_that_spans_tokens_never_leaks():
-    ids = byte_ids("byte", "one\n\nUser: two".encode())
+    ids = byte_ids("byte", b"one\n\nUser: two")
     stream = TextStream(VOCABULARIES["byte"], ["\n\nUser:"])
     shown = run(stream, [[token_id] for token_id in ids])
     assert [batch.text for batch in shown] == ["o", "n", "e"] + [""] * 7
@@ -232,9 +234,7 @@ def places_of(data: bytes) -> list[int]:
     data.decode("utf-8", "note")
     starts = {start for start, _ in broken}
     inside_broken = {at for start, end in broken for at in range(start + 1, end)}
-    leads = [
-        at in starts or (at not in inside_broken and (byte & 0xC0) != 0x80) for at, byte in enumerate(data)
-    ]
+    leads = [at in starts or (at not in inside_broken and (byte & 0xC0) != 0x80) for at, byte in enumerate(data)]
     place, count = [], 0
     for lead in leads:
         count += lead

@@ -41,7 +41,7 @@ class TinyTokenizer:
     def __init__(self) -> None:
         self.core = byte_level_core()
         self.bos_id: int | None = self.core.token_to_id("<|begin|>")
-        self.eos_ids: tuple[int, ...] = (self.core.token_to_id("<|im_end|>"),)
+        self.eos_ids: tuple[int, ...] = (int(self.core.token_to_id("<|im_end|>") or 0),)
         self.vocab_size = self.core.get_vocab_size()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
