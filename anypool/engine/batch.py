@@ -11,8 +11,10 @@ from anypool.engine.shapes import Shape, ShapeSet
 from anypool.ops.paged_attention import BLOCK
 from anypool.ops.sampling import Sampler, SamplingRows
 
-EDIT_BUCKETS = (256, 2048, 16384, 131072)
-"""How many logits a row may edit, in the sizes that are compiled."""
+LEAST_EDITS = 256
+"""The smallest compiled number of logits that a row may edit."""
+MOST_TOP_K = 2**31 - 1
+"""More than any vocabulary; what 32 bits hold."""
 
 
 # T token  R row  M block of a table  S sample  E edit
@@ -88,14 +90,13 @@ def sampling_rows(requests: Sequence[Request], rows: int) -> tuple[Sampler, Samp
         if edited is not None:
             edits[row] = edited
     widest = max((len(edited[0]) for edited in edits.values()), default=0)
-    width = next(size for size in (0, *EDIT_BUCKETS) if size >= widest)
-    filters |= width > 0  # one compiled sampler serves both
-    width = EDIT_BUCKETS[0] if filters and width == 0 else width
+    filters |= widest > 0  # one compiled sampler serves both
+    width = edit_bucket(max(widest, 1) if filters else 0)
     sampling = SamplingRows.neutral(rows, width)
     for row, request in enumerate(requests):
         params = request.params
         sampling.temperature[row] = params.temperature
-        sampling.top_k[row] = params.top_k
+        sampling.top_k[row] = min(params.top_k, MOST_TOP_K)
         sampling.top_p[row] = params.top_p
         sampling.min_p[row] = params.min_p
         sampling.seed[row] = (params.seed & 0xFFFFFFFF, (params.seed >> 32) & 0xFFFFFFFF)
@@ -107,6 +108,14 @@ def sampling_rows(requests: Sequence[Request], rows: int) -> tuple[Sampler, Samp
             sampling.edit_bias[row, : len(ids)] = bias
             sampling.edit_seen[row, : len(ids)] = seen
     return Sampler(draw=draw or filters, filters=filters, edits=width, logprobs=logprobs), sampling
+
+
+def edit_bucket(widest: int) -> int:
+    """The compiled number of edits that holds `widest`: 0, 256, 2048, ... eight times the one before, without end."""
+    width = LEAST_EDITS if widest else 0
+    while width < widest:
+        width *= 8
+    return width
 
 
 def logit_edits(request: Request) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:

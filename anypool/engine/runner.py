@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from anypool.engine.batch import EDIT_BUCKETS, Batch
+from anypool.engine.batch import LEAST_EDITS, Batch
 from anypool.engine.shapes import Shape, ShapeSet
 from anypool.models import Checkpoint, ModelConfig
 from anypool.models.decoder import Decoder, forward, logits
@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int, str], None]
 WARM_SAMPLERS = (
     Sampler(),
     Sampler(draw=True),
-    Sampler(draw=True, filters=True, edits=EDIT_BUCKETS[0]),
+    Sampler(draw=True, filters=True, edits=LEAST_EDITS),
 )
 """Compiled before the first request; one with log-probabilities, or more edits, is compiled when asked for."""
 
@@ -52,7 +52,7 @@ class Limits:
 
 def block_bytes(config: ModelConfig, dtype: Any) -> int:
     """Bytes of one cache block over all layers: keys and values of 16 tokens."""
-    return config.num_layers * 2 * BLOCK * config.num_kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
+    return config.num_layers * 2 * BLOCK * config.num_kv_heads * config.head_dim * int(jnp.dtype(dtype).itemsize)
 
 
 def cache_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:

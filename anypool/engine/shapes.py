@@ -1,8 +1,8 @@
 """The shapes a pool compiles: a step of any size runs in the smallest one that holds it.
 
 A step is D decode rows of one token and P tiles of 16 prompt tokens. Few shapes compile quickly and pad much, many do
-the opposite; these double, so that at most half of a step is padding, and a step that mixes both takes one of three
-widths of decode rows.
+the opposite; these double, so that less than half of a step's tiles is padding, and less than half of the rows of a
+step that has only those. Beside tiles, which cost 16 times as much, decode rows come in three numbers.
 """
 
 from dataclasses import dataclass
