@@ -6,6 +6,7 @@ call. The routes are plain ASGI, because every token of every stream passes here
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -158,6 +159,9 @@ class Worker:
     def _ready(self, engine: Engine) -> None:
         self.engine = engine
         self.metrics = Metrics(engine, self.options.model, self.options.name)
+        # What is loaded stays: a full collection over it, between two steps, would hold up every stream.
+        gc.collect()
+        gc.freeze()
         engine.start()
         if self.status == "starting":
             self.status = "ready"
