@@ -12,7 +12,6 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import uvicorn
 from rich.console import Console
@@ -22,9 +21,6 @@ from anypool.gateway import Settings, create_app
 from anypool.models import Tokenizer
 from anypool.pools import Fleet, PoolManager, PoolState
 from anypool.progress import bars, resolve_shown
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +155,7 @@ def summary(fleet: Fleet, url: str, pools: list[PoolState]) -> str:
     messages = '[{"role": "user", "content": "Tell me a story."}]'
     body = f'{{"model": "{fleet.model.name}", "stream": true, "messages": {messages}}}'
     lines = [f"{fleet.name} serves {fleet.model.name} at {url}", "", table, ""]
-    lines += [f"  {pool.name} is {pool.state}: {pool.last_error}" for pool in pools if pool.state in ("failed", "down")]
+    lines += [f"  {pool.name} is {pool.state}: {pool.last_error}" for pool in pools if pool.state != "ready"]
     lines += [
         "Try it:",
         f"  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\",
@@ -210,7 +206,10 @@ async def _wait_until_settled(manager: PoolManager, console: Console) -> None:
 
 
 def _settled(pool: PoolState) -> bool:
-    return pool.state in ("ready", "failed", "down", "draining") or pool.restarts > 0
+    # A local worker that is down says in a moment whether it failed for good or is tried again.
+    return (
+        pool.state in ("ready", "failed") or pool.restarts > 0 or (pool.launcher == "external" and pool.state == "down")
+    )
 
 
 def _show(shown: Progress, task: TaskID, pool: PoolState) -> None:

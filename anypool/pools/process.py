@@ -26,8 +26,8 @@ class WorkerProcess:
     on_event: called with each JSON object of the worker's standard output.
     on_log: called with each line of its standard error, without the newline.
 
-    `subprocess` rather than the event loop's own: the latter's child processes inherit the pipes of other workers
-    under uvloop, and a pipe that two processes hold open does not end when one of them does.
+    `subprocess` rather than the event loop's own: uvloop's children keep second copies of their pipes, so that the end
+    of a worker's output goes unseen while any process it started lives.
     """
 
     def __init__(

@@ -88,7 +88,9 @@ server.daemon_threads = True
 threading.Thread(target=server.serve_forever, daemon=True).start()
 say("listening", port=server.server_address[1])
 say("progress", phase="load", done=1, total=2, detail="layer 1")
-if arguments.fault != "never-ready":
+if arguments.fault == "never-ready":
+    print("still compiling", file=sys.stderr, flush=True)
+else:
     state["status"] = "ready"
     say("ready")
 while True:
