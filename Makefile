@@ -6,26 +6,23 @@
 #   make bench   how fast it is here
 #   make lock    remake the lock files after a change to pyproject.toml
 #
-# PYTHON=/path/to/python chooses the interpreter; ARGS="..." is passed on to the command.
+# PYTHON=/path/to/python chooses the interpreter, EXTRA=tpu|cuda|rocm|ray|peers adds what it needs to .venv, and
+# ARGS="..." is passed on to the command.
 
-SHELL := /bin/bash
+SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
+export PYTHON EXTRA
 
 VENV  := .venv
 BIN   := $(VENV)/bin
-LOCKS := requirements-dev.lock requirements-model.lock
-STAMP := $(VENV)/.installed
 
 .PHONY: help install run test lint format bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-install: $(STAMP)  ## make .venv from the lock files (quick when nothing changed)
-
-# The stamp holds a digest of what was installed, so that a checkout that only touches files costs nothing.
-$(STAMP): pyproject.toml $(LOCKS) tools/install.sh
+install:  ## make .venv from the lock files, quick when nothing changed (EXTRA=cuda adds an accelerator)
 	@bash tools/install.sh
 
 run: install  ## serve the default fleet (ARGS="my-fleet.toml --port 9000")

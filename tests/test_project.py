@@ -1,6 +1,8 @@
 """What every clone relies on: the locks, the version, no addresses of package indexes."""
 
+import os
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -47,3 +49,26 @@ def test_locks_hold_what_pyproject_asks_for(extra):
 
 def test_version_is_a_version():
     assert re.fullmatch(r"\d+\.\d+\.\d+", anypool.__version__)
+
+
+def install(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(ROOT / "tools" / "install.sh")],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_install_without_a_python_that_fits_says_which_ones_do():
+    result = install(PYTHON="/nonexistent/python")
+    assert result.returncode == 2
+    assert "anypool needs Python 3.11, 3.12 or 3.13" in result.stderr
+    assert "make install PYTHON=/path/to/python3.12" in result.stderr
+
+
+def test_install_with_an_unknown_extra_names_the_known_ones():
+    result = install(EXTRA="cuba")
+    assert result.returncode == 2
+    assert "EXTRA=cuba is unknown; there are: tpu, cuda, rocm, ray, peers" in result.stderr
