@@ -34,6 +34,14 @@ def test_every_example_loads(path):
     assert load_fleet(path).serving_pools
 
 
+def test_the_fleet_file_in_the_documentation_loads():
+    page = (EXAMPLES.parents[1] / "docs" / "fleet.md").read_text()
+    examples = re.findall(r"(?s)```toml\n(.*?)```", page)
+    assert examples
+    for text in examples:
+        assert parse_fleet(text).serving_pools
+
+
 def test_every_key_is_read():
     fleet = parse_fleet(
         """
