@@ -256,6 +256,13 @@ def bench_serve(
         list[int], typer.Option("--streams", "-n", min=1, help="How many streams at once; give it several times.")
     ] = [1, 8, 32],  # noqa: B006 - typer wants the list itself
     max_tokens: Annotated[int, typer.Option(min=2, help="How many tokens each stream generates.")] = 64,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured; rates are medians.")] = 3,
+    peer_python: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="A Python with PyTorch and transformers, to compare with. Default: this one."
+        ),
+    ] = None,
     format: FormatOption = Format.table,
 ) -> None:
     """Measure output tokens per second, time to first token and time between tokens.
@@ -266,8 +273,16 @@ def bench_serve(
 
     - `anypool bench serve`
     - `anypool bench serve -n 1 -n 16 --format json`
+    - `anypool bench serve --peer-python ~/torch/bin/python`
     """
     from anypool.bench.serve import run
-    from anypool.pools import load_fleet
 
-    raise typer.Exit(run(load_fleet(fleet), streams=tuple(streams), max_tokens=max_tokens, format=format.value))
+    code = run(
+        fleet,
+        streams=streams,
+        max_tokens=max_tokens,
+        rounds=rounds,
+        peer_python=peer_python,
+        format=format.value,
+    )
+    raise typer.Exit(code)
