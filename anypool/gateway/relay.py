@@ -115,8 +115,6 @@ class Relay:
             self._pool.streams.discard(self._stream)
             self._pool.in_flight -= 1
             self._services.metrics.in_flight(self._pool.name, -1)
-            # A stream that waits for room on a full pool may go there now.
-            self._services.views.notify()
         self._stream = self._pool = None
 
     def _arrived(self, batches: list[TokenBatch], timing: Timing | None) -> None:

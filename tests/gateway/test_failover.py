@@ -185,6 +185,32 @@ async def test_usage_is_counted_once():
         assert (await client.stream(CHAT, REQUEST))[-2]["usage"] == first_usage
 
 
+async def test_cached_tokens_are_never_those_that_the_replay_found():
+    """The first worker dies before it told; what the second finds cached may be the first one's own work."""
+    async with pools(2, tells_cached_early=False, cached_tokens=9999) as (client, workers):
+        put(workers, Fault("close", 6))
+        usage = (await client.stream(CHAT, REQUEST))[-2]["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+async def test_a_stream_that_has_begun_goes_before_max_concurrency():
+    expected = await unbroken()
+    async with pools(2) as (client, workers):
+        for pool in client.manager.pools.values():
+            pool.max_concurrency = 1
+        workers[0].faults.append(Fault("hold", 5))
+        workers[1].faults.append(Fault("hold", 5))
+        streams = [asyncio.create_task(client.stream(CHAT, REQUEST)) for _ in range(2)]
+        await asyncio.gather(*[worker.holding.wait() for worker in workers])
+        assert (await client.post(CHAT, {**REQUEST, "stream_options": None}))[0] == 503
+        workers[0].kill()
+        # Its stream comes to the end at the other pool, whose own stream is still held.
+        await asyncio.wait(streams, return_when=asyncio.FIRST_COMPLETED)
+        assert not workers[1].release.is_set()
+        workers[1].release.set()
+        assert [without_names(frames) for frames in await asyncio.gather(*streams)] == [expected] * 2
+
+
 async def test_the_trace_tells_what_the_loss_cost():
     async with pools(2) as (client, workers):
         put(workers, Fault("close", 6))
