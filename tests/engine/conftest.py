@@ -21,7 +21,8 @@ def cpu_runner(tiny_model: Path) -> Runner:
         pytest.skip(reason)
     persistent_compilation_cache()
     runner = load_runner(tiny_model, faster=True)
-    assert set(runner.kernels.report().values()) == {"cpu"}
+    report = runner.kernels.report()
+    assert {report[op] for op in ("linear", "rms_norm", "silu_mul", "paged_attention")} == {"cpu"}
     return runner
 
 
