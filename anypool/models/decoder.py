@@ -61,7 +61,7 @@ class Layer:
 @parameters
 class Decoder:
     embed: Array = param("vocab", "embed", hf="model.embed_tokens.weight")
-    layers: tuple[Layer, ...] = repeated(Layer, hf="model.layers.{i}.")
+    layers: tuple[Layer, ...] | Layer = repeated(Layer, hf="model.layers.{i}.")
     norm: Array = param("embed", hf="model.norm.weight", init="ones")
     head: Array | None = param("vocab", "embed", hf="lm_head.weight", when=lambda config: not config.tie_embeddings)
 
@@ -72,36 +72,65 @@ Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 Hashable; the arrays it needs (a mask, block tables) come as `context`, so that all layers share one traced block.
 """
 
+Mark = Callable[..., Array]
+"""(x, name, *axes) -> x: called on the activations of a block, with the logical axes that follow those of the tokens.
+
+Training says with it how they are sharded and which are kept for the way back. Hashable.
+"""
+
+ACTIVATIONS = ("q", "k", "v", "attended", "middle", "gate", "up", "residual")
+"""Names of the activations that a block marks, in order; `residual` is its result."""
+
+
+def unmarked(x: Array, name: str, *axes: str) -> Array:
+    """Marks nothing."""
+    return x
+
 
 def forward(
     params: Decoder,
     tokens: Array,
     positions: Array,
-    caches: tuple[Any, ...],
+    caches: Any,
     context: Any,
     attend: Attend,
     config: ModelConfig,
     kernels: Kernels,
-) -> tuple[Array, tuple[Any, ...]]:
+    mark: Mark = unmarked,
+    remat: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
+) -> tuple[Array, Any]:
     """Hidden states after the final norm, and the caches.
 
     Args:
         tokens, positions: int (...), of one shape.
-        caches: one for each layer, handed through `attend` with `context`.
+        caches: one for each layer, handed through `attend` with `context`. If the layers are stacked, so are the
+            caches, and the layers are looped over instead of written out.
+        remat: wraps the block, to choose what it keeps for the way back.
 
     Returns:
-        hidden (..., D), and one cache for each layer.
+        hidden (..., D), and the caches as they came.
     """
-    x = kernels.linear.embed(params.embed, tokens)
+    x = mark(kernels.linear.embed(params.embed, tokens), "residual", "embed")
     angles = rotary_tables(positions, config.rope.inverse_frequencies(config.head_dim), config.rope.attention_factor)
-    written = []
-    for layer, cache in zip(params.layers, caches, strict=True):
-        x, appended = block(layer, x, angles, cache, context, attend, config, kernels)
-        written.append(appended)
-    return kernels.rms_norm(x, params.norm, config.rms_norm_eps), tuple(written)
+    run = remat(partial(block, attend=attend, config=config, kernels=kernels, mark=mark))
+    if isinstance(params.layers, Layer):
+
+        def one(x: Array, layer_and_cache: tuple[Layer, Any]) -> tuple[Array, Any]:
+            layer, cache = layer_and_cache
+            after: tuple[Array, Any] = run(layer, x, angles, cache, context)
+            return after
+
+        x, written = jax.lax.scan(one, x, (params.layers, caches))
+    else:
+        appended = []
+        for layer, cache in zip(params.layers, caches, strict=True):
+            x, after = run(layer, x, angles, cache, context)
+            appended.append(after)
+        written = tuple(appended)
+    return kernels.rms_norm(x, params.norm, config.rms_norm_eps), written
 
 
-@partial(jax.jit, static_argnames=("attend", "config", "kernels"))
+@partial(jax.jit, static_argnames=("attend", "config", "kernels", "mark"))
 def block(
     layer: Layer,
     x_D: Array,
@@ -111,6 +140,7 @@ def block(
     attend: Attend,
     config: ModelConfig,
     kernels: Kernels,
+    mark: Mark = unmarked,
 ) -> tuple[Array, Any]:
     """One pre-norm transformer block: attention, then a gated MLP, each added to the residual."""
     lead, linear, eps = x_D.shape[:-1], kernels.linear.apply, config.rms_norm_eps
@@ -121,12 +151,16 @@ def block(
     v = _plus(v, layer.v_bias).reshape(*lead, config.num_kv_heads, config.head_dim)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = kernels.rms_norm(q, layer.q_norm, eps), kernels.rms_norm(k, layer.k_norm, eps)
-    out, cache = attend(rotate(q, *angles), rotate(k, *angles), v, cache, context)
-    (out,) = linear(out.reshape(*lead, -1), layer.o)
-    x_D = x_D + _plus(out, layer.o_bias)
+    q = mark(rotate(q, *angles), "q", "heads", "head_dim")
+    k = mark(rotate(k, *angles), "k", "kv_heads", "head_dim")
+    out, cache = attend(q, k, mark(v, "v", "kv_heads", "head_dim"), cache, context)
+    (out,) = linear(mark(out, "attended", "heads", "head_dim").reshape(*lead, -1), layer.o)
+    x_D = mark(x_D + _plus(out, layer.o_bias), "middle", "embed")
     gate, up = linear(kernels.rms_norm(x_D, layer.mlp_norm, eps), layer.gate, layer.up)
-    (down,) = linear(kernels.silu_mul(_plus(gate, layer.gate_bias), _plus(up, layer.up_bias)), layer.down)
-    return x_D + _plus(down, layer.down_bias), cache
+    gate = mark(_plus(gate, layer.gate_bias), "gate", "mlp")
+    up = mark(_plus(up, layer.up_bias), "up", "mlp")
+    (down,) = linear(kernels.silu_mul(gate, up), layer.down)
+    return mark(x_D + _plus(down, layer.down_bias), "residual", "embed"), cache
 
 
 def logits(params: Decoder, hidden_D: Array, kernels: Kernels) -> Array:
@@ -159,4 +193,4 @@ def attend_dense(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, cache: None, mask_
 
 
 def _plus(x: Array, bias: Array | None) -> Array:
-    return x if bias is None else x + bias
+    return x if bias is None else (x + bias).astype(x.dtype)

@@ -5,18 +5,22 @@
         q: Array = param("heads", "embed", hf="self_attn.q_proj.weight")
 
 `specs(Model, config)` is the same tree with a `Spec` in place of every array; `load`, `initial` and `abstract` map it
-to arrays from a checkpoint, to fresh ones, and to shapes without memory.
+to arrays from a checkpoint, to fresh ones, and to shapes without memory. With `stacked=True` the layers are one module
+whose tensors have a leading axis "layers", for programs that loop over them; `stack` and `unstack` turn the arrays of
+one tree into those of the other.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar, dataclass_transform
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from anypool.models.config import ModelConfig
@@ -26,20 +30,31 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Spec:
-    """What is declared of one tensor. `axes` names each dimension's logical axis; `shape` is its size in a model."""
+    """What is declared of one tensor. `axes` names each dimension's logical axis; `shape` is its size in a model.
+
+    members: what a stack is made of, layer by layer. Their names are in a checkpoint; the stack's own has `{i}` for the
+    layer's number.
+    """
 
     name: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     init: str
+    members: tuple[Spec, ...] = ()
 
     def initial(self, seed: int, std: float = 0.02) -> np.ndarray:
         """The tensor's first value in f32: a pure function of the seed and the tensor's name."""
+        if self.members:
+            return np.stack([member.initial(seed, std) for member in self.members])
         if self.init != "normal":
             return np.full(self.shape, 1.0 if self.init == "ones" else 0.0, np.float32)
         key = hashlib.blake2b(f"{seed}/{self.name}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         return generator.standard_normal(self.shape, np.float32) * np.float32(std)
+
+    def read(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The tensor from a checkpoint."""
+        return np.stack([m.read(tensors) for m in self.members]) if self.members else tensors[self.name]
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -71,21 +86,30 @@ def parameters(cls: type[T]) -> type[T]:
     return jax.tree_util.register_dataclass(made, [f.name for f in fields(made)], [])  # type: ignore[arg-type]
 
 
-def specs(module: type[T], config: ModelConfig, prefix: str = "") -> T:
+def specs(module: type[T], config: ModelConfig, prefix: str = "", stacked: bool = False) -> T:
     """The tree of a module with a `Spec` for every tensor that this model has, and None for those it has not."""
     sizes = axis_sizes(config)
     values: dict[str, Any] = {}
     for item in fields(module):  # type: ignore[arg-type]
         declared = item.metadata
         if "module" in declared:
-            names = (prefix + declared["hf"].format(i=i) for i in range(config.num_layers))
-            values[item.name] = tuple(specs(declared["module"], config, name) for name in names)
+            one = partial(specs, declared["module"], config)
+            layers = tuple(one(prefix + declared["hf"].format(i=i)) for i in range(config.num_layers))
+            values[item.name] = _stack_of(one(prefix + declared["hf"]), layers) if stacked else layers
         elif declared["when"](config):
             shape = tuple(sizes[axis] for axis in declared["axes"])
             values[item.name] = Spec(prefix + declared["hf"], declared["axes"], shape, declared["init"])
         else:
             values[item.name] = None
     return module(**values)
+
+
+def _stack_of(named: T, layers: tuple[T, ...]) -> T:
+    def one(spec: Spec, *members: Spec) -> Spec:
+        return replace(spec, axes=("layers", *spec.axes), shape=(len(members), *spec.shape), members=members)
+
+    made: T = jax.tree.map(one, named, *layers, is_leaf=lambda leaf: isinstance(leaf, Spec))
+    return made
 
 
 def each(tree: T, function: Callable[[Spec], Any]) -> T:
@@ -97,6 +121,27 @@ def each(tree: T, function: Callable[[Spec], Any]) -> T:
 def all_specs(tree: Any) -> list[Spec]:
     """Every spec of a tree, in the order of declaration."""
     return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, Spec))
+
+
+def stack(tree: T) -> T:
+    """The arrays of a tree with its layers in one: each tensor a stack over a leading axis."""
+    return _change_layers(tree, lambda layers: jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers))
+
+
+def unstack(tree: T) -> T:
+    """The arrays of a stacked tree, layer by layer again."""
+
+    def apart(layers: Any) -> tuple[Any, ...]:
+        count = len(jax.tree.leaves(layers)[0])
+        return tuple(jax.tree.map(itemgetter(i), layers) for i in range(count))
+
+    return _change_layers(tree, apart)
+
+
+def _change_layers(tree: T, change: Callable[[Any], Any]) -> T:
+    repeats = [item.name for item in fields(tree) if "module" in item.metadata]  # type: ignore[arg-type]
+    changed: T = replace(tree, **{name: change(getattr(tree, name)) for name in repeats})  # type: ignore[type-var]
+    return changed
 
 
 def abstract(tree: T, dtype: Any) -> T:
@@ -122,7 +167,7 @@ def load(
 
     def one(spec: Spec) -> Any:
         nonlocal done
-        placed = place(spec, tensors[spec.name])
+        placed = place(spec, spec.read(tensors))
         done += 1
         if progress is not None:
             progress(done, total)
@@ -133,7 +178,8 @@ def load(
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor by Hugging Face name."""
-    return {spec.name: spec.shape for spec in all_specs(tree)}
+    single = [member for spec in all_specs(tree) for member in spec.members or (spec,)]
+    return {spec.name: spec.shape for spec in single}
 
 
 def initial(tree: T, seed: int) -> T:

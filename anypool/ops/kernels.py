@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from anypool.ops.attention import PackedAttentionReference
 from anypool.ops.linear import LinearReference
 from anypool.ops.mlp import SiluMulReference
 from anypool.ops.norm import RmsNormReference
@@ -33,6 +34,7 @@ class Kernels:
     rms_norm: Any
     silu_mul: Any
     paged_attention: Any
+    packed_attention: Any
     choices: tuple[Choice, ...]
 
     def report(self) -> dict[str, str]:
@@ -45,6 +47,7 @@ REFERENCES: dict[str, Any] = {
     "rms_norm": RmsNormReference(),
     "silu_mul": SiluMulReference(),
     "paged_attention": PagedAttentionReference(),
+    "packed_attention": PackedAttentionReference(),
 }
 
 
@@ -53,7 +56,7 @@ def reference() -> Kernels:
     return Kernels(**REFERENCES, choices=tuple(Choice(op, "reference") for op in REFERENCES))
 
 
-def choose(platform: str, dtype: jnp.dtype, head_dim: int, faster: bool = True) -> Kernels:
+def choose(platform: str, dtype: jnp.dtype, head_dim: int, faster: bool = True, train: bool = False) -> Kernels:
     """The fastest registered implementation of every op that serves this model on `platform`.
 
     Args:
@@ -61,10 +64,11 @@ def choose(platform: str, dtype: jnp.dtype, head_dim: int, faster: bool = True) 
         dtype: of weights, activations and cache.
         head_dim: width of one attention head.
         faster: False takes the reference everywhere.
+        train: only what has a gradient; the attention reported is that of training, not that of serving.
     """
     candidates: dict[str, Any] = {}
     unavailable: str | None = None
-    if platform == "cpu" and faster:
+    if platform == "cpu" and faster and not train:
         from anypool.ops import cpu
 
         candidates = cpu.KERNELS
@@ -78,5 +82,6 @@ def choose(platform: str, dtype: jnp.dtype, head_dim: int, faster: bool = True) 
         if kernel is None or reason is not None:
             kernel = fallback
         chosen[op] = kernel
-        choices.append(Choice(op, kernel.name, reason))
+        if op != ("paged_attention" if train else "packed_attention"):
+            choices.append(Choice(op, kernel.name, reason))
     return Kernels(**chosen, choices=tuple(choices))

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from anypool.ops.contract import contract
+
 
 # D input width  O output width  V vocabulary
 @dataclass(frozen=True)
@@ -33,15 +35,37 @@ class LinearReference:
         Returns:
             For each weight an array (..., O_i) of x's dtype.
         """
-        contract = (((x_D.ndim - 1,), (1,)), ((), ()))
-        return tuple(
-            jax.lax.dot_general(x_D, w, contract, preferred_element_type=jnp.float32).astype(x_D.dtype) for w in weights
-        )
+        return tuple(contract(_by_rows(x_D), x_D, w).astype(x_D.dtype) for w in weights)
 
     def logits(self, x_D: Array, weight: Any) -> Array:
         """The projection onto the vocabulary, kept in f32: (..., D) -> (..., V)."""
-        return jax.lax.dot_general(x_D, weight, (((x_D.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return contract(_by_rows(x_D), x_D, weight)
 
     def embed(self, table: Any, ids: Array) -> Array:
         """Rows of a packed (V, D) table: int ids (...) -> (..., D)."""
-        return jnp.take(table, ids, axis=0, mode="clip")
+        return _rows(table, ids)
+
+
+def _by_rows(x_D: Array) -> str:
+    lead = "abcdefgh"[: x_D.ndim - 1]
+    return f"{lead}x,yx->{lead}y"
+
+
+@jax.custom_vjp
+def _rows(table_VD: Array, ids: Array) -> Array:
+    return jnp.take(table_VD, ids, axis=0, mode="clip")
+
+
+def _rows_forward(table_VD: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rows(table_VD, ids), (table_VD, ids)
+
+
+def _rows_backward(kept: tuple[Array, Array], rows_bar_D: Array) -> tuple[Array, None]:
+    # In f32: a frequent token's row gets thousands of additions, and bf16 would lose most of them.
+    table_VD, ids = kept
+    bar = jnp.zeros(table_VD.shape, jnp.float32)
+    bar = bar.at[ids].add(rows_bar_D.astype(jnp.float32), mode="promise_in_bounds")
+    return bar.astype(table_VD.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
