@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -156,13 +157,15 @@ def _print_table(document: dict[str, Any]) -> None:
     """One table on standard output; pairs are p50 / p95, or whole run / decoding."""
     rows = document["rows"]
     table = Table(
-        *(name.replace("_", " ") for name in rows[0]),
         title=f"{document['model']} {document['dtype']}, {document['machine']['cores']} x {document['machine']['cpu']}",
         caption="milliseconds: p50 / p95; ratio: whole run / while decoding",
     )
+    for name in rows[0]:
+        table.add_column(name.replace("_", " "), min_width=max(map(len, name.split("_"))))
     for row in rows:
         table.add_row(*map(_cell, row.values()))
-    Console().print(table)
+    # A file or a pipe has no width of its own; eighty columns would break every cell.
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _cell(value: Any) -> str:
@@ -170,7 +173,7 @@ def _cell(value: Any) -> str:
         case None:
             return "-"
         case dict():
-            return " / ".join(_cell(number) for number in value.values())
+            return "\N{NO-BREAK SPACE}/\N{NO-BREAK SPACE}".join(_cell(number) for number in value.values())
         case float():
             return f"{value:.3g}" if value < 10 else f"{value:.1f}"
         case _:

@@ -129,8 +129,8 @@ async def _read_log(stream: asyncio.StreamReader, last_lines: deque[str], on_log
 
 
 def _said(last_lines: deque[str]) -> str:
-    """What the fleet said last: its own error if there is one, else the end of its log."""
-    errors = [line.removeprefix("error: ") for line in last_lines if line.startswith("error: ")]
-    if errors:
-        return f": {errors[-1]}"
+    """What the fleet said last: what it says the user can mend, else the end of its log."""
+    mendable = [line.removeprefix("error: ") for line in last_lines if line.startswith(("error: ", "pool "))]
+    if mendable:
+        return ": " + "; ".join(mendable)
     return "; it wrote last:\n  " + "\n  ".join(list(last_lines)[-8:]) if last_lines else ""
