@@ -225,6 +225,26 @@ def generate(
     )
 
 
+@app.command()
+def chips(
+    name: Annotated[
+        str | None, typer.Argument(help="A chip, by any of its names; without one, all in a table.", show_default=False)
+    ] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """What is known of each chip: speed, memory, networks, power, compiler and prices, every number with its source.
+
+    **Examples**
+
+    - `anypool chips`
+    - `anypool chips v5p`
+    - `anypool chips trillium --format json`
+    """
+    from anypool.chips.show import show_chip, show_chips
+
+    raise typer.Exit(show_chips(format=format.value) if name is None else show_chip(name, format=format.value))
+
+
 @drill.command("serve")
 def drill_serve(
     fleet: FleetArgument = None,
