@@ -1,6 +1,7 @@
 """Runs a fleet of fake workers and prints their process ids: to be killed, and its orphans looked for."""
 
 import asyncio
+import signal
 import sys
 from pathlib import Path
 
@@ -32,4 +33,7 @@ async def main() -> None:
     await asyncio.Event().wait()
 
 
+# A shell that runs the tests in the background, or nohup, has its children ignore some of these.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
 asyncio.run(main())
