@@ -95,6 +95,7 @@ class Chip:
     """One physical accelerator package. A number that is not known is None; nothing here is guessed.
 
     peak_flops: peak dense operations a second of the whole chip, by dtype of the operands. Never sparse.
+    lacks_dtypes: dtypes that its matrix units do not take, which is known and not a missing number.
     usable_hbm_bytes_per_device: what the compiler or the driver lets one device use.
     scale_up_*: the fast network between chips (ICI, NVLink, NeuronLink, Infinity Fabric, UB): bytes a second one
         way out of one chip over all its links, over one link where there are links, and chips in a domain.
@@ -110,6 +111,7 @@ class Chip:
     topology: Topology
     compiler: CompilerTarget
     sources: Mapping[str, Source]
+    lacks_dtypes: tuple[str, ...] = ()
     hbm_bytes: Fact | None = None
     usable_hbm_bytes_per_device: Fact | None = None
     hbm_bytes_per_second: Fact | None = None
@@ -144,7 +146,7 @@ def load_chip(name: str) -> Chip:
     names = _names()
     found = names.get(name.strip().lower())
     if found is None:
-        hint = nearest(name, names) or f"; known: {', '.join(_room())}"
+        hint = nearest(name, names) or ": `anypool chips` lists them"
         raise UnknownChipError(f"there is no chip {name!r}{hint}")
     return _room()[found]
 
@@ -194,6 +196,7 @@ def parse_chip(text: str, file: str) -> Chip:
     peak_flops = {
         dtype: read_fact(entry, file, f"flops.{dtype}", Quantity.operations_per_second, sources)
         for dtype, entry in data.get("flops", {}).items()
+        if dtype != "lacks"
     }
     chip = Chip(
         name=data["name"],
@@ -204,6 +207,7 @@ def parse_chip(text: str, file: str) -> Chip:
         topology=_topology(data["topology"], file, sources),
         compiler=_compiler(data["compiler"], file, sources),
         sources=sources,
+        lacks_dtypes=tuple(data.get("flops", {}).get("lacks", ())),
         scale_up_kind=data.get("scale_up", {}).get("kind", ""),
         kubernetes=_kubernetes(data.get("kubernetes"), file, sources),
         ray=_ray(data.get("ray"), file, sources),
@@ -223,10 +227,14 @@ def _check_keys(data: Mapping[str, Any], file: str) -> None:
         raise wrong(file, "name", data["name"], f"must be the file's own name, {file.removesuffix('.toml')!r}")
     for table, keys in _TABLES.items():
         check_keys(data.get(table, {}), keys, file, table)
-    for dtype in data.get("flops", {}):
-        if dtype not in DTYPES:
+    flops = data.get("flops", {})
+    for dtype in flops:
+        if dtype not in (*DTYPES, "lacks"):
             fix = f"peak rates are dense, and by dtype: {', '.join(DTYPES)}"
-            raise wrong(file, f"flops.{dtype}", data["flops"][dtype], fix)
+            raise wrong(file, f"flops.{dtype}", flops[dtype], fix)
+    for dtype in flops.get("lacks", ()):
+        if dtype not in DTYPES or dtype in flops:
+            raise wrong(file, "flops.lacks", dtype, f"must be one of {', '.join(DTYPES)}, and have no rate")
 
 
 def _source(data: Mapping[str, Any], file: str, table: str, sources: Mapping[str, Source]) -> str:

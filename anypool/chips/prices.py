@@ -218,8 +218,8 @@ def _check_regions(rows: Iterable[tuple[int, Price]], file: str) -> None:
                 region = price.region or "an unnamed region"
                 raise PriceError(
                     f"{file}:{line}: usd_per_hour = {price.usd_per_hour:g}: {price.usd_per_chip_hour:.4g} USD a chip "
-                    f"in {region}, where {price.provider}'s other regions ask {median:.4g}: this is the price of another "
-                    "product; correct it or leave the row out"
+                    f"in {region}, where {price.provider}'s other regions ask {median:.4g}: this is the price of "
+                    "another product; correct it or leave the row out"
                 )
 
 

@@ -41,7 +41,10 @@ def show_chips(*, format: str) -> int:
     table.add_column("\ncompiler", no_wrap=True)
     for chip in chips():
         numbers = chip.numbers
-        cells = [_cell(numbers[field], unit) for _, field, unit in COLUMNS]
+        cells = [
+            "none" if field.removeprefix("flops.") in chip.lacks_dtypes else _cell(numbers[field], unit)
+            for _, field, unit in COLUMNS
+        ]
         table.add_row(chip.name, *cells, chip.compiler.compiler.name)
     console = Console(highlight=False)
     console.print(table)
@@ -80,7 +83,8 @@ def _numbers(chip: Chip, sources: dict[tuple[str, str], int]) -> Table:
     table = _table("number", "value", "grade", "source", "note")
     for field, fact in chip.numbers.items():
         if fact is None:
-            table.add_row(field, f"[dim]{NOT_KNOWN}[/dim]")
+            lacks = field.removeprefix("flops.") in chip.lacks_dtypes
+            table.add_row(field, "none" if lacks else f"[dim]{NOT_KNOWN}[/dim]")
             continue
         value = fact.published.removesuffix(" chips").removesuffix(" devices")
         if field == "power.watts":
@@ -132,8 +136,8 @@ def _legend(sources: dict[tuple[str, str], int]) -> Table:
 
 def _table(*headings: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+    for index, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=index == 0)
     return table
 
 
@@ -157,6 +161,7 @@ def _as_json(chip: Chip) -> dict[str, Any]:
         "aliases": list(chip.aliases),
         "note": chip.note,
         "numbers": {field: fact.as_json() if fact else None for field, fact in chip.numbers.items()},
+        "lacks_dtypes": list(chip.lacks_dtypes),
         "power_basis": chip.power_basis,
         "scale_up_kind": chip.scale_up_kind or None,
         "topology": dataclasses.asdict(chip.topology),

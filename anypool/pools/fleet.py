@@ -30,21 +30,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from anypool.chips import UnknownChipError, load_chip
 from anypool.pools.tables import FleetError, Table, line_numbers, suggestion
 
 LAUNCHERS = ("local", "external")
 LAUNCHERS_NOT_YET = ("ray", "kubernetes", "skypilot")
 ROLES = ("serve", "train", "multimodal", "agents", "backup")
 DTYPES = ("float32", "bfloat16")
-# The letters a chip's name starts with, and the JAX platform that drives it. A local worker is told the
-# platform, so that a missing driver is an error and not a quiet fall back to the CPU.
-JAX_PLATFORMS = {
-    "cpu": "cpu",
-    **dict.fromkeys(("tpu", "v"), "tpu"),
-    **dict.fromkeys(("trn", "inf"), "neuron"),
-    "mi": "rocm",
-    **dict.fromkeys(("a", "b", "gb", "gh", "h", "l", "rtx", "t"), "cuda"),
-}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _TOPOLOGY = re.compile(r"[1-9][0-9]*(x[1-9][0-9]*){0,2}")
 
@@ -225,9 +217,21 @@ def api_key(spec: PoolSpec, environment: Mapping[str, str] = os.environ) -> str 
 
 
 def jax_platform(chip: str) -> str | None:
-    """The JAX platform of a chip's name ("h100" -> "cuda"), or None for a name this version does not know."""
-    family = re.match(r"(cpu$|[a-z]+(?=[-0-9]))", chip)
-    return JAX_PLATFORMS.get(family.group(1)) if family else None
+    """The JAX platform that drives a chip ("h100" -> "cuda"), or None where there is none.
+
+    A local worker is told the platform, so that a missing driver is an error and not a quiet fall back to the CPU.
+    Raises UnknownChipError.
+    """
+    return load_chip(chip).jax_platform
+
+
+def _chip(table: Table) -> str:
+    """A chip's own name, from any of its names."""
+    name = table.text("chip", required=True, example="cpu")
+    try:
+        return load_chip(name).name
+    except UnknownChipError as error:
+        raise table.error("chip", f"chip = {name!r}: {error}") from None
 
 
 def _model(table: Table, folder: Path | None) -> ModelSpec:
@@ -261,7 +265,7 @@ def _pool(data: Any, file: str, index: int, lines: dict[str, int]) -> PoolSpec:
     launcher = _launcher(table)
     spec = PoolSpec(
         name=name,
-        chip=table.text("chip", required=True, example="cpu"),
+        chip=_chip(table),
         topology=table.text("topology", "1", example="1"),
         provider=table.text("provider", example="google"),
         region=table.text("region", example="us-east5"),
@@ -301,8 +305,8 @@ def _check_launcher(spec: PoolSpec, table: Table) -> None:
     if spec.model:
         raise table.error("model", "model is for external pools: a local pool serves the fleet's [model] id")
     if jax_platform(spec.chip) is None:
-        examples = "cpu, tpu-v6e, h100, mi300x or trn2"
-        raise table.error("chip", f"chip = {spec.chip!r}: not a chip a local pool can run on, such as {examples}")
+        fix = 'JAX does not run on it: join what serves there with launcher = "external" and endpoint = "http://..."'
+        raise table.error("chip", f"chip = {spec.chip!r}: {fix}")
     if set(spec.topology.split("x")) != {"1"}:
         raise table.error("topology", f'topology = {spec.topology!r}: a local pool runs on one chip so far, use "1"')
 
