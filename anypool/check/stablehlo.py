@@ -168,7 +168,7 @@ def trip_count(loop: Operation) -> int | None:
         return None
     start = constant(loop.operands[index])
     update = defining(_returned(body)[index])
-    if start is None or update is None or update.name != "stablehlo.add":
+    if start is None or update is None or update.name not in ("stablehlo.add", "stablehlo.subtract"):
         return None
     step = next((constant(value) for value in update.operands if _argument(body, value) != index), None)
     if not step or all(_argument(body, value) != index for value in update.operands):
@@ -177,7 +177,8 @@ def trip_count(loop: Operation) -> int | None:
     span = distance.get(direction.group(1))
     if span is None:
         return None
-    stride = step if direction.group(1) in ("LT", "LE") else -step
+    forward = (update.name == "stablehlo.add") == (direction.group(1) in ("LT", "LE"))
+    stride = step if forward else -step
     return None if stride <= 0 else max(0, -(-span // stride))
 
 
