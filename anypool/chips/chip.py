@@ -277,15 +277,20 @@ def _compiler(data: Mapping[str, Any], file: str, sources: Mapping[str, Source])
 def _kubernetes(data: Any, file: str, sources: Mapping[str, Source]) -> Kubernetes | None:
     if data is None:
         return None
-    labels = dict(data.get("node_labels", {}))
-    return Kubernetes(resource=data["resource"], node_labels=labels, source=_source(data, file, "kubernetes", sources))
+    source = _source(data, file, "kubernetes", sources)
+    return Kubernetes(_resource(data, file, "kubernetes"), dict(data.get("node_labels", {})), source)
 
 
 def _ray(data: Any, file: str, sources: Mapping[str, Source]) -> Ray | None:
     if data is None:
         return None
-    kind = data.get("accelerator_type")
-    return Ray(resource=data["resource"], accelerator_type=kind, source=_source(data, file, "ray", sources))
+    return Ray(_resource(data, file, "ray"), data.get("accelerator_type"), _source(data, file, "ray", sources))
+
+
+def _resource(data: Mapping[str, Any], file: str, table: str) -> str:
+    if not isinstance(data.get("resource"), str):
+        raise wrong(file, f"{table}.resource", data.get("resource"), "must be the name that a request for it uses")
+    return str(data["resource"])
 
 
 def _power_basis(data: Mapping[str, Any], file: str) -> str | None:

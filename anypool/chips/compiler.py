@@ -10,33 +10,11 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib import resources
-from typing import Any
 
 from anypool.chips.errors import ChipFileError, nearest
 from anypool.chips.facts import Source, check_keys, read_sources, wrong
 
 PROOFS = ("compiled", "code generation only", "lowered and linted", "none")
-SEVERITIES = ("error", "warning")
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Something in StableHLO that a compiler refuses, or that is known to go wrong with it.
-
-    operation: the StableHLO operation, "custom_call", or "type" for element types.
-    when: the condition, in words; "" for always. `types`: the element types it is about; () for any.
-    rule: the compiler's own error code where it has one. write: what to write instead.
-    chips: the chips it holds for; () for all of this compiler's.
-    """
-
-    operation: str
-    rule: str
-    write: str
-    severity: str
-    source: Source
-    when: str = ""
-    types: tuple[str, ...] = ()
-    chips: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -47,7 +25,8 @@ class Compiler:
     package: what provides it. extra: the extra of this package that installs it, "" if there is none.
     proof: what can be shown without the chip, one of PROOFS.
     environment: variables it needs in order to compile with no such chip present.
-    pallas: the Pallas back ends that lower for it. custom_calls: the custom calls it accepts, () if not listed.
+    jax: the versions of JAX it takes, "" where it comes with JAX.
+    pallas: the Pallas back ends that lower for it. refuses: what it does not compile, in words.
     """
 
     name: str
@@ -58,14 +37,10 @@ class Compiler:
     proof: str
     environment: Mapping[str, str]
     pallas: tuple[str, ...]
-    custom_calls: tuple[str, ...]
-    rejects: tuple[Rejection, ...]
+    refuses: tuple[str, ...]
     sources: Mapping[str, Source]
+    jax: str = ""
     note: str = ""
-
-    def rejections(self, chip: str) -> tuple[Rejection, ...]:
-        """What it refuses for one chip."""
-        return tuple(rejection for rejection in self.rejects if not rejection.chips or chip in rejection.chips)
 
 
 @functools.cache
@@ -86,12 +61,12 @@ def parse_compiler(text: str, file: str) -> Compiler:
     except tomllib.TOMLDecodeError as error:
         raise ChipFileError(f"{file}: not valid TOML: {error}") from None
     check_keys(data, [field.name for field in fields(Compiler)], file, "")
+    for key in ("name", "title", "platform", "package", "extra"):
+        if not isinstance(data.get(key), str):
+            raise wrong(file, key, data.get(key), "must be a text")
     sources = read_sources(data.get("sources"), file)
     if data.get("proof") not in PROOFS:
         raise wrong(file, "proof", data.get("proof"), f"must be one of {', '.join(PROOFS)}")
-    rejects = tuple(
-        _rejection(entry, file, f"rejects[{index}]", sources) for index, entry in enumerate(data.get("rejects", []))
-    )
     return Compiler(
         name=data["name"],
         title=data["title"],
@@ -101,30 +76,8 @@ def parse_compiler(text: str, file: str) -> Compiler:
         proof=data["proof"],
         environment=dict(data.get("environment", {})),
         pallas=tuple(data.get("pallas", ())),
-        custom_calls=tuple(data.get("custom_calls", ())),
-        rejects=rejects,
+        refuses=tuple(data.get("refuses", ())),
         sources=sources,
+        jax=data.get("jax", ""),
         note=data.get("note", ""),
-    )
-
-
-def _rejection(data: Any, file: str, field: str, sources: Mapping[str, Source]) -> Rejection:
-    check_keys(data, [entry.name for entry in fields(Rejection)], file, field)
-    for key in ("operation", "rule", "write", "severity", "source"):
-        if not isinstance(data.get(key), str) or not data[key]:
-            raise wrong(file, f"{field}.{key}", data.get(key), "must be a text")
-    if data["severity"] not in SEVERITIES:
-        raise wrong(file, f"{field}.severity", data["severity"], f"must be one of {', '.join(SEVERITIES)}")
-    if data["source"] not in sources:
-        fix = f"must name one of this file's sources: {', '.join(sources)}"
-        raise wrong(file, f"{field}.source", data["source"], fix)
-    return Rejection(
-        operation=data["operation"],
-        rule=data["rule"],
-        write=data["write"],
-        severity=data["severity"],
-        source=sources[data["source"]],
-        when=data.get("when", ""),
-        types=tuple(data.get("types", ())),
-        chips=tuple(data.get("chips", ())),
     )

@@ -98,8 +98,6 @@ def _words(chip: Chip) -> Table:
     target = chip.compiler
     compiler = target.compiler
     proof = f"{compiler.title}; without the chip at hand: {compiler.proof}"
-    if rejected := sum(entry.severity == "error" for entry in compiler.rejections(chip.name)):
-        proof += f", by {rejected} rules of what it refuses"
     ray = NOT_KNOWN
     if chip.ray:
         ray = f"{chip.ray.resource}, accelerator type {chip.ray.accelerator_type or NOT_KNOWN}"
@@ -107,7 +105,14 @@ def _words(chip: Chip) -> Table:
     table.add_row("network", chip.scale_up_kind or NOT_KNOWN)
     table.add_row("topologies", chip.topology.what_exists)
     table.add_row("compiler", proof)
-    table.add_row("", f"calls it {target.target}" if target.target else "")
+    for words in (
+        f"calls it {target.target}" if target.target else "",
+        f"Pallas: {', '.join(compiler.pallas)}" if compiler.pallas else "",
+        f"jax {compiler.jax}" if compiler.jax else "",
+        f"refuses {'; '.join(compiler.refuses)}" if compiler.refuses else "",
+    ):
+        if words:
+            table.add_row("", words)
     table.add_row("kubernetes", chip.kubernetes.resource if chip.kubernetes else NOT_KNOWN)
     table.add_row("ray", ray)
     return table
@@ -172,7 +177,9 @@ def _as_json(chip: Chip) -> dict[str, Any]:
             "extra": compiler.extra or None,
             "without_the_chip": compiler.proof,
             "target": chip.compiler.target or None,
-            "rejects": [dataclasses.asdict(entry) for entry in compiler.rejections(chip.name)],
+            "jax": compiler.jax or None,
+            "pallas": list(compiler.pallas),
+            "refuses": list(compiler.refuses),
         },
         "kubernetes": dataclasses.asdict(chip.kubernetes) if chip.kubernetes else None,
         "ray": dataclasses.asdict(chip.ray) if chip.ray else None,
