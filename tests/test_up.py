@@ -206,7 +206,7 @@ def test_a_misspelt_fleet_file(tmp_path):
 def test_a_missing_key_of_an_external_pool(tmp_path):
     fleet = tmp_path / "fleet.toml"
     fleet.write_text(
-        '[model]\nid = "m"\n[[pool]]\nname = "a"\nchip = "ascend"\nlauncher = "external"\n'
+        '[model]\nid = "m"\n[[pool]]\nname = "a"\nchip = "ascend910c"\nlauncher = "external"\n'
         'endpoint = "http://127.0.0.1:1"\napi_key_env = "NOT_SET_ANYWHERE"\n'
     )
     result = anypool("up", str(fleet), "--port", "0")
