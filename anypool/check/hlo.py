@@ -218,6 +218,22 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
     calls: Counter[str] = Counter()
     devices = math.prod(mesh.values())
 
+    def send(kind: str, item: Instruction, computation: Computation, times: int) -> None:
+        groups = _groups(item, devices)
+        moved[kind, groups] += times * _sent(kind, item, computation, len(groups[0]) if groups else devices)
+        ran[kind, groups] += times
+
+    def fused(name: str, times: int) -> None:
+        """Libtpu fuses some collectives: an all-reduce whose result is sliced at once is a reduce-scatter."""
+        computation = computations.get(name)
+        for item in computation.instructions.values() if computation else ():
+            kind = item.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and computation is not None:
+                scattered = kind == "all-reduce" and "scatter" in name
+                send("reduce-scatter" if scattered else kind, item, computation, times)
+            elif item.opcode == "fusion":
+                fused(item.attribute("calls") or "", times)
+
     def visit(name: str, times: int) -> None:
         nonlocal unknown, total
         computation = computations.get(name)
@@ -237,10 +253,9 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
                 ):
                     visit(branch, times)
             elif kind in COLLECTIVES:
-                groups = _groups(item, devices)
-                sent = _sent(kind, item, computation, len(groups[0]) if groups else devices)
-                moved[kind, groups] += times * sent
-                ran[kind, groups] += times
+                send(kind, item, computation, times)
+            elif item.opcode == "fusion":
+                fused(item.attribute("calls") or "", times)
             if item.opcode == "custom-call":
                 target = re.search(r'custom_call_target="([^"]+)"', item.rest)
                 calls[target.group(1) if target else "?"] += times

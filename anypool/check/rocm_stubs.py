@@ -84,7 +84,9 @@ def _build(compiler: str, library: str, symbols: dict[str, list[str]], folder: P
     versions = {version: given for version, given in symbols.items() if version}
     if versions:
         script = folder.parent / f"{library}.map"
-        script.write_text("".join(f"{v} {{ global: {' '.join(f'{n};' for n in given)} }};\n" for v, given in versions.items()))
+        script.write_text(
+            "".join(f"{v} {{ global: {' '.join(f'{n};' for n in given)} }};\n" for v, given in versions.items())
+        )
         command.append(f"-Wl,--version-script={script}")
     _run(command)
 

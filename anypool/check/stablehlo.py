@@ -53,7 +53,7 @@ def frames(op: Operation) -> tuple[Where, ...]:
 
 @cache
 def _frames(location: str) -> tuple[Where, ...]:
-    found = (Where(file, int(line), function) for function, file, line in _FRAME.findall(location))
+    found = (Where(file, int(line), function) for function, file, line in _FRAME.findall(location) if file[0] != "<")
     return tuple(dict.fromkeys(found))
 
 
