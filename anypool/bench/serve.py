@@ -64,7 +64,7 @@ def run(
     fleet: a fleet file, None for the default one. peer_python: the interpreter that has transformers; None is this one,
     and no comparison if it has not. Raises FleetError, ModelError, ServingError, PeerError, BenchError.
     """
-    loaded = load_fleet(fleet)
+    loaded, where = load_fleet(fleet), circumstances()
     python = peer_python or default_python()
     if python is None:
         log.info("no comparison: this Python has no PyTorch and transformers; name one that has with --peer-python")
@@ -81,7 +81,7 @@ def run(
         "max_tokens": max_tokens,
         "rounds": rounds,
         "rows": [row.report() for row in rows],
-        **circumstances(),
+        **where,
     }
     document["versions"] |= versions
     print(json.dumps(document, indent=2)) if format == "json" else _print_table(document)

@@ -96,9 +96,8 @@ def run(fleet: str | None, *, kills: int, seed: int, stall: bool, format: str) -
             f"fleet {loaded.name!r} serves from {kinds}: a drill needs two pools or more, "
             'all with launcher = "local", because it kills their workers'
         )
-    console = Console(stderr=True)
-    started = time.monotonic()
-    with bars(console) as progress:
+    where, started = circumstances(), time.monotonic()
+    with bars(Console(stderr=True)) as progress:
         findings = asyncio.run(_drill(fleet, kills, random.Random(seed), stall, progress))
     document = {
         "fleet": loaded.name,
@@ -108,7 +107,7 @@ def run(fleet: str | None, *, kills: int, seed: int, stall: bool, format: str) -
         "seed": seed,
         **findings.report(),
         "seconds": round(time.monotonic() - started, 1),
-        **circumstances(),
+        **where,
     }
     print(json.dumps(document, indent=2)) if format == "json" else _print_tables(document)
     return 0 if findings.clean else 1

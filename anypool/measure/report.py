@@ -22,11 +22,19 @@ def percentiles(seconds: Sequence[float], *, largest: bool = False) -> dict[str,
 
 
 def circumstances(*packages: str) -> dict[str, Any]:
-    """Where and when something was measured, and with which versions of Python, of ours and of `packages`."""
+    """Where and when something is measured, and with which versions of Python, of ours and of `packages`.
+
+    Call it before measuring: the load average then tells who else was at work on the machine.
+    """
     versions = {"python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in ("anypool", "jax", "jaxlib", *packages)}
     return {
-        "machine": {"cpu": _cpu(), "cores": cores(), "system": f"{platform.system()} {platform.machine()}"},
+        "machine": {
+            "cpu": _cpu(),
+            "cores": cores(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "load_average_before": round(os.getloadavg()[0], 2),
+        },
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
