@@ -96,7 +96,6 @@ class PoolView:
         self.incarnation += 1
         self.described = False
         self.suspect_until = 0.0
-        self.index.clear()
         # A half-open connection would keep its stream waiting for the heartbeat limit.
         for stream in list(self.streams):
             stream.close()

@@ -93,6 +93,7 @@ async def test_choices_come_interleaved_with_their_index(client):
     assert sorted(finished) == [0, 1, 2]
     assert len(set(texts.values())) == 3
     assert whole.usage.completion_tokens == 30
+    assert whole.usage.prompt_tokens_details.cached_tokens == 16
     alone = await client.chat.completions.create(**{**ask, "n": 1})
     assert alone.choices[0].message.content == texts[0]
     assert alone.usage.prompt_tokens == whole.usage.prompt_tokens

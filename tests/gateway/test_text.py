@@ -196,7 +196,12 @@ def offsets(kind: str, ids: list[int]) -> list[int]:
         data = b"".join(vocabulary.token_bytes(token_id) for token_id in ids)
         place = places_of(data)
         starts = [sum(len(vocabulary.token_bytes(token_id)) for token_id in ids[:n]) for n in range(len(ids))]
-        return [place[start] for start in starts]
+        # A token without text stands after the characters that were finished when it came.
+        finished = [len(codecs.getincrementaldecoder("utf-8")("replace").decode(data[:start])) for start in starts]
+        return [
+            place[start] if vocabulary.token_bytes(token_id) else done
+            for token_id, start, done in zip(ids, starts, finished, strict=True)
+        ]
     # A prefix that ends inside a run of bytes is completed by the rest of that run, whose text is then taken off.
     result = []
     for n in range(len(ids)):
