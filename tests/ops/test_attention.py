@@ -43,7 +43,7 @@ def test_dense_attention_is_the_formula() -> None:
     q, k, v = arrays((2, 7, 6, 8), (2, 9, 2, 8), (2, 9, 2, 8))
     mask = np.random.default_rng(1).random((2, 7, 9)) < 0.6
     mask[0, 3] = False
-    out = attention(q, k, v, mask, 0.3)
+    out = attention(*map(jnp.asarray, (q, k, v, mask)), scale=0.3)
     assert np.allclose(out, exact(q, k, v, mask, 0.3), atol=1e-5)
     assert not np.asarray(out)[0, 3].any()
 
@@ -51,7 +51,7 @@ def test_dense_attention_is_the_formula() -> None:
 def test_dense_attention_has_finite_gradients_where_nothing_is_seen() -> None:
     q, k, v = arrays((1, 3, 2, 8), (1, 3, 2, 8), (1, 3, 2, 8))
     mask = jnp.zeros((1, 3, 3), bool)
-    gradients = jax.grad(lambda *x: attention(*x, mask, 1.0).sum(), argnums=(0, 1, 2))(q, k, v)
+    gradients = jax.grad(lambda q, k, v: attention(q, k, v, mask, 1.0).sum(), argnums=(0, 1, 2))(q, k, v)
     assert all(np.isfinite(g).all() for g in gradients)
 
 

@@ -34,7 +34,8 @@ FORBIDDEN = (
 
 
 def lowered(function: Any, *args: Any) -> str:
-    return jax.jit(function).trace(*args).lower(lowering_platforms=("neuron",)).as_text()
+    text: str = jax.jit(function).trace(*args).lower(lowering_platforms=("neuron",)).as_text()
+    return text
 
 
 def i32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -1,5 +1,7 @@
 """The draw of the next token against oracles that sort, count and integrate."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ filter_scores = jax.jit(keep_likely)
 FULL = Sampler(draw=True, filters=True, edits=8)
 
 
-def rows(count: int, edits: int = 8, **values: object) -> SamplingRows:
+def rows(count: int, edits: int = 8, **values: Any) -> SamplingRows:
     neutral = SamplingRows.neutral(count, edits)
     for name, value in values.items():
         getattr(neutral, name)[...] = value
@@ -39,7 +41,7 @@ def rows(count: int, edits: int = 8, **values: object) -> SamplingRows:
 @settings(max_examples=20)
 def test_threefry_is_the_published_one(key: list[int], counter: int) -> None:
     words = jnp.array([counter, counter ^ 0x5DEECE66], jnp.uint32)
-    ours = threefry(*(jnp.uint32(k) for k in key), words[0], words[1])
+    ours = threefry(jnp.uint32(key[0]), jnp.uint32(key[1]), words[0], words[1])
     assert np.array_equal(np.stack(ours), threefry_2x32(jnp.array(key, jnp.uint32), words))
 
 
@@ -112,8 +114,8 @@ def test_filters_never_leave_nothing() -> None:
 # ---- draws -------------------------------------------------------------------------------------------------------
 
 
-def draws(scores: np.ndarray, count: int, **values: object) -> np.ndarray:
-    many = rows(count, seed=(11, 5), position=np.arange(count), **values)
+def draws(scores: np.ndarray, count: int, **values: float) -> np.ndarray:
+    many = rows(count, 8, seed=(11, 5), position=np.arange(count), **values)
     logits = jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (count, scores.size))
     return np.asarray(draw(logits, many, sampler=FULL).token)
 
