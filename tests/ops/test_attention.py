@@ -43,7 +43,7 @@ def test_dense_attention_is_the_formula() -> None:
     q, k, v = arrays((2, 7, 6, 8), (2, 9, 2, 8), (2, 9, 2, 8))
     mask = np.random.default_rng(1).random((2, 7, 9)) < 0.6
     mask[0, 3] = False
-    out = attention(*map(jnp.asarray, (q, k, v, mask)), scale=0.3)
+    out = attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask), 0.3)
     assert np.allclose(out, exact(q, k, v, mask, 0.3), atol=1e-5)
     assert not np.asarray(out)[0, 3].any()
 
