@@ -68,12 +68,12 @@ def parse(body: bytes) -> CompletionBody:
 
 
 def _field(message: str) -> str:
-    """The field a msgspec message speaks of: `... - at `$.prompt[3]`` or `... unknown field `x``."""
+    """The field a msgspec message speaks of: `... - at `$.prompt[3]`` or `... field `x``; else the whole body."""
     quoted = message.split("`")
     path = next((part for part in reversed(quoted) if part.startswith("$.")), None)
     if path is not None:
         return path[2:].split("[")[0].split(".")[0]
-    return quoted[-2] if len(quoted) > 2 else "body"
+    return quoted[1] if " field " in quoted[0] else "body"
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> bytes:
@@ -99,9 +99,9 @@ class StreamWriter:
         body: dict[str, Any] = {**self._base, "choices": [choice(update)]}
         if update.finish_reason is not None:
             body["usage"] = usage(self.request)
-            body["anypool"] = {"timing": timing(self.request)}
+            body["anypool"] = {"timing": timing(self.request, ended=True)}
         elif self._first:
-            body["anypool"] = {"timing": timing(self.request)}
+            body["anypool"] = {"timing": timing(self.request, ended=False)}
         self._first = False
         return b"data: " + _encode(body) + b"\n\n"
 
@@ -118,7 +118,7 @@ class StreamWriter:
                 **self._base,
                 "choices": [choice(joined)],
                 "usage": usage(self.request),
-                "anypool": {"timing": timing(self.request)},
+                "anypool": {"timing": timing(self.request, ended=True)},
             }
         )
 
@@ -150,11 +150,14 @@ def usage(request: Request) -> dict[str, Any]:
     }
 
 
-def timing(request: Request) -> dict[str, float]:
-    """Seconds a request waited, prefilled and, once it has finished, decoded."""
+def timing(request: Request, ended: bool) -> dict[str, float]:
+    """Seconds a request waited, prefilled and decoded.
+
+    ended: this goes out with the last tokens. (The engine may be done with a request whose first are only being sent.)
+    """
     scheduled = request.scheduled_at or request.arrival
     first = request.first_token_at or scheduled
     spent = {"queue_seconds": scheduled - request.arrival, "prefill_seconds": first - scheduled}
-    if request.finished_at is not None:
+    if ended and request.finished_at is not None:
         spent["decode_seconds"] = request.finished_at - first
     return spent
