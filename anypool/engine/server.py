@@ -69,7 +69,13 @@ def run_worker(options: WorkerOptions) -> int:
     """Serves until told to stop; the exit code: 0 after a drain, 2 for what the user can mend, 70 for a fault."""
     if options.threads is not None:
         os.environ["NPROC"] = str(options.threads)  # XLA:CPU sizes its thread pool by it
-    return asyncio.run(Worker(options).serve())
+    worker = Worker(options)
+    code = asyncio.run(worker.serve())
+    if worker.loading:
+        # Told to stop while starting. Loading cannot be interrupted, and ending the interpreter around a thread that
+        # is inside XLA aborts the process.
+        os._exit(code)
+    return code
 
 
 @dataclass(eq=False)
@@ -80,7 +86,7 @@ class _Stream:
     updates: deque[Update] = field(default_factory=deque)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     sent: bool = False
-    """Something was sent since the last look."""
+    """Tokens were sent since the last look."""
 
 
 class Worker:
@@ -94,6 +100,8 @@ class Worker:
         self.engine: Engine | None = None
         self.metrics: Metrics | None = None
         self.exit_code = 0
+        self._loader = threading.Thread(target=self._load, name="load", daemon=True)
+        self._signalled = False
         self._streams: dict[str, _Stream] = {}
         self._event_queues: set[asyncio.Queue[bytes | None]] = set()
         self._loop: asyncio.AbstractEventLoop
@@ -113,15 +121,19 @@ class Worker:
         )
         self._server = _Server(config)
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._told_to_stop)
+            self._loop.add_signal_handler(number, self._on_signal)
         self._tell(event="listening", port=listener.getsockname()[1])
-        threading.Thread(target=self._load, name="load", daemon=True).start()
+        self._loader.start()
         ticker = asyncio.create_task(self._tick())
         await self._server.serve(sockets=[listener])
         ticker.cancel()
         if self.engine is not None and self.exit_code == 0:
             self.engine.stop()
         return self.exit_code
+
+    @property
+    def loading(self) -> bool:
+        return self._loader.is_alive()
 
     def _load(self) -> None:
         """Loads and warms the model, on a thread of its own so that /health answers meanwhile."""
@@ -157,25 +169,37 @@ class Worker:
         return Limits(options.max_num_seqs, options.token_budget, context, int(options.kv_cache_gib * 2**30))
 
     def _ready(self, engine: Engine) -> None:
+        if self.status != "starting":
+            return  # told to stop meanwhile
         self.engine = engine
         self.metrics = Metrics(engine, self.options.model, self.options.name)
         # What is loaded stays: a full collection over it, between two steps, would hold up every stream.
         gc.collect()
         gc.freeze()
         engine.start()
-        if self.status == "starting":
-            self.status = "ready"
+        self.status = "ready"
         self._tell(event="ready")
         log.info("ready after %.1f s, %d blocks of cache", time.monotonic() - self.started, engine.pool.capacity)
 
-    def _told_to_stop(self) -> None:
+    def _on_signal(self) -> None:
+        """The first signal drains, the second ends the process now."""
+        if self._signalled:
+            self._end_now()
+        self._signalled = True
+        self._drain()
+
+    def _drain(self) -> None:
+        """Takes no further request, and ends when those under way have, or after DRAIN_SECONDS."""
         if self.status == "draining":
-            self._stop(0)
             return
         self.status = "draining"
-        self._loop.call_later(DRAIN_SECONDS, self._stop, 0)
+        self._loop.call_later(DRAIN_SECONDS, self._end_now)
         if not self._streams:
             self._stop(0)
+
+    def _end_now(self) -> None:
+        """Closes every connection by ending: whoever reads a stream sees it cut, and can replay it elsewhere."""
+        os._exit(self.exit_code)
 
     def _stop(self, code: int) -> None:
         self.exit_code = self.exit_code or code
@@ -211,12 +235,13 @@ class Worker:
 
     def _dispatch(self, result: StepResult) -> None:
         for update in result.updates:
+            stream = self._streams.get(update.request.id)
+            if stream is None or stream.request is not update.request:
+                continue  # cancelled while this was on its way, and its id perhaps in use again
             if self.metrics is not None:
                 self.metrics.observe(update)
-            stream = self._streams.get(update.request.id)
-            if stream is not None:
-                stream.updates.append(update)
-                stream.news.set()
+            stream.updates.append(update)
+            stream.news.set()
         if self._event_queues and (result.blocks.stored or result.blocks.evicted):
             event = _blocks_event(result.blocks.stored, result.blocks.evicted)
             for queue in self._event_queues:
@@ -250,8 +275,8 @@ class Worker:
         elif route == ("GET", "/events"):
             await self._events(receive, send)
         elif route == ("POST", "/drain"):
-            self.status = "draining"
             await _reply(send, 200, b"{}")
+            self._drain()
         else:
             await _reply(send, 404, protocol.error_body(f"no route {route[0]} {route[1]}", "invalid_request_error"))
 
@@ -294,11 +319,12 @@ class Worker:
             await _unavailable(send, str(error))
             return
         self._streams[request.id] = stream
-        gone = asyncio.create_task(self._cancel_when_gone(receive, request.id))
+        gone = asyncio.create_task(_end_when_gone(receive, stream))
         try:
             writer = protocol.StreamWriter(request, self.options.model)
             await (self._stream if body.stream else self._whole)(send, stream, writer)
         finally:
+            # In one go, and only here: the id may be in use again as soon as the engine has let go of it.
             gone.cancel()
             self.engine.cancel(request.id)
             del self._streams[request.id]
@@ -307,23 +333,13 @@ class Worker:
             if self.status == "draining" and not self._streams:
                 self._stop(0)
 
-    async def _cancel_when_gone(self, receive: Receive, request_id: str) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        if self.engine is not None:
-            self.engine.cancel(request_id)
-        stream = self._streams.get(request_id)
-        if stream is not None:
-            stream.updates.append(Update(stream.request, [], None, "cancelled"))
-            stream.news.set()
-
     async def _stream(self, send: Send, stream: _Stream, writer: protocol.StreamWriter) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
         finished = False
         while not finished:
             await stream.news.wait()
             stream.news.clear()
-            stream.sent = True
+            stream.sent = bool(stream.updates)
             body = b"" if stream.updates else b": alive\n\n"
             while stream.updates:
                 update = stream.updates.popleft()
@@ -340,15 +356,18 @@ class Worker:
         while not updates or updates[-1].finish_reason is None:
             await stream.news.wait()
             stream.news.clear()
-            updates += stream.updates
-            stream.updates.clear()
-        if updates[-1].finish_reason != "cancelled":
-            await _reply(send, 200, writer.whole(updates))
+            while stream.updates:
+                updates.append(stream.updates.popleft())
+                if updates[-1].finish_reason == "cancelled":
+                    return
+        await _reply(send, 200, writer.whole(updates))
 
     async def _events(self, receive: Receive, send: Send) -> None:
         """Which prefix blocks can be shared: all of them first, then each step's changes."""
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._event_queues.add(queue)
+        if self._server.should_exit:
+            queue.put_nowait(None)
 
         async def gone() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -389,15 +408,22 @@ def _blocks_event(stored: list[bytes], evicted: list[bytes], reset: bool = False
 
 
 async def _read_body(receive: Receive) -> bytes:
-    body = b""
+    body = bytearray()
     while True:
         message = await receive()
-        piece: bytes = message.get("body", b"")
-        body += piece
+        body += message.get("body", b"")
         if len(body) > MAX_BODY_BYTES:
             raise RequestError("body", f"the body is larger than {MAX_BODY_BYTES} bytes")
         if not message.get("more_body"):
-            return body
+            return bytes(body)
+
+
+async def _end_when_gone(receive: Receive, stream: _Stream) -> None:
+    """Ends the stream when its client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    stream.updates.append(Update(stream.request, [], None, "cancelled"))
+    stream.news.set()
 
 
 async def _reply(
