@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from anypool.engine.batch import build
 from anypool.engine.blocks import BlockEvents, BlockPool
 from anypool.engine.request import FinishReason, Request
-from anypool.engine.runner import Runner
+from anypool.engine.runner import Limits, Runner
 from anypool.engine.scheduler import Scheduler, SchedulerConfig
+from anypool.models import ModelConfig
 from anypool.ops.sampling import Sampled
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,18 @@ class Counters:
     finished: dict[str, int] = field(default_factory=dict)
 
 
+def scheduler_config(config: ModelConfig, limits: Limits, max_waiting: int) -> SchedulerConfig:
+    """What the scheduler is held to. Raises ValueError for limits with which it could not always move on."""
+    return SchedulerConfig(
+        vocab_size=config.vocab_size,
+        max_num_seqs=limits.max_num_seqs,
+        token_budget=limits.token_budget,
+        max_model_len=limits.max_model_len,
+        max_waiting=max_waiting,
+        eos_token_ids=frozenset(config.eos_token_ids),
+    )
+
+
 class Engine:
     """Serves requests on a runner.
 
@@ -71,15 +84,7 @@ class Engine:
         deliver: Callable[[StepResult], None],
         died: Callable[[BaseException], None],
     ) -> None:
-        limits = runner.limits
-        config = SchedulerConfig(
-            vocab_size=runner.config.vocab_size,
-            max_num_seqs=limits.max_num_seqs,
-            token_budget=limits.token_budget,
-            max_model_len=limits.max_model_len,
-            max_waiting=max_waiting,
-            eos_token_ids=frozenset(runner.config.eos_token_ids),
-        )
+        config = scheduler_config(runner.config, runner.limits, max_waiting)
         self.runner = runner
         self.pool = BlockPool(runner.num_blocks)
         self.scheduler = Scheduler(config, self.pool)

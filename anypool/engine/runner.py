@@ -60,6 +60,21 @@ def cache_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:
     return (-(-tokens // BLOCK) + 1) * block_bytes(config, dtype)
 
 
+def cache_blocks(config: ModelConfig, limits: Limits, dtype: Any) -> int:
+    """Blocks of the cache, the scratch block included.
+
+    Raises ValueError if they hold less than one sequence of `max_model_len` tokens.
+    """
+    blocks = limits.cache_bytes // block_bytes(config, dtype)
+    if (blocks - 1) * BLOCK < limits.max_model_len:
+        need = cache_bytes(config, limits.max_model_len, dtype)
+        raise ValueError(
+            f"a cache of {limits.cache_bytes} bytes holds {max(0, blocks - 1) * BLOCK} tokens, "
+            f"fewer than max_model_len {limits.max_model_len}: give at least {need} bytes, or lower max_model_len"
+        )
+    return blocks
+
+
 def persistent_compilation_cache() -> Path:
     """Makes JAX keep every compiled program on disk, so that the next start loads instead of compiling."""
     folder = cache_dir() / "compiled"
@@ -116,14 +131,7 @@ class Runner:
     def __init__(self, config: ModelConfig, params: Decoder, kernels: Kernels, limits: Limits, dtype: Any) -> None:
         self.config, self.params, self.kernels, self.limits = config, params, kernels, limits
         attention = kernels.paged_attention
-        self.num_blocks = limits.cache_bytes // block_bytes(config, dtype)
-        if (self.num_blocks - 1) * BLOCK < limits.max_model_len:
-            need = cache_bytes(config, limits.max_model_len, dtype)
-            raise ValueError(
-                f"a cache of {limits.cache_bytes} bytes holds {max(0, self.num_blocks - 1) * BLOCK} tokens, "
-                f"fewer than max_model_len {limits.max_model_len}: "
-                f"give at least {need} bytes, or lower max_model_len"
-            )
+        self.num_blocks = cache_blocks(config, limits, dtype)
         self.caches: tuple[Any, ...] = tuple(
             attention.new_cache(self.num_blocks, config.num_kv_heads, config.head_dim, jnp.dtype(dtype))
             for _ in range(config.num_layers)
@@ -149,6 +157,7 @@ class Runner:
         """
         config = ModelConfig.load(directory)
         kind = jnp.dtype(dtype)
+        cache_blocks(config, limits, kind)  # refuses a cache that is too small before the long part
         kernels = choose(jax.default_backend(), kind, config.head_dim, faster)
 
         def place(spec: Spec, array: np.ndarray) -> Any:

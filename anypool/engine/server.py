@@ -24,7 +24,7 @@ from typing import Any
 import uvicorn
 
 from anypool.engine import protocol
-from anypool.engine.engine import Engine, StepResult, Update
+from anypool.engine.engine import Engine, StepResult, Update, scheduler_config
 from anypool.engine.metrics import Metrics
 from anypool.engine.prefix import BLOCK_SIZE
 from anypool.engine.request import Request, RequestError
@@ -150,7 +150,9 @@ class Worker:
     def _make_engine(self) -> Engine:
         options = self.options
         directory = resolve(options.model, self._resolving)
-        limits = self._limits(ModelConfig.load(directory))
+        config = ModelConfig.load(directory)
+        limits = self._limits(config)
+        scheduler_config(config, limits, options.max_waiting)  # refuses what it must before the long part
         runner = Runner.load(directory, limits, options.dtype, options.faster_kernels, self._progress)
         for op, kernel in runner.kernels.report().items():
             log.info("kernel %s=%s", op, kernel)
