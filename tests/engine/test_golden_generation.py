@@ -24,7 +24,7 @@ TOKEN_BUDGET = 64
 
 @pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
 def test_twenty_texts_at_once():
-    """With room for twelve at a time, requests join and leave while others decode, and prompts are computed in chunks."""
+    """With room for twelve at a time, requests join and leave while others decode, prompts come in chunks."""
     directory = resolve("smollm2-135m-instruct")
     persistent_compilation_cache()
     longest = max(len(case["prompt_ids"]) for case in CASES) + MAX_TOKENS
