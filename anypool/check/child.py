@@ -103,9 +103,7 @@ def find_devices(platform: str, question: Any) -> tuple[list[Any], str]:
 
     if platform in ("cpu", "neuron"):
         # Trainium's program is only lowered, for which host devices stand in.
-        what = (
-            f"XLA for CPU, jaxlib {jax.lib.__version__}" if platform == "cpu" else f"lowered by jax {jax.__version__}"
-        )
+        what = f"XLA for CPU, jax {jax.__version__}" if platform == "cpu" else f"lowered by jax {jax.__version__}"
         return jax.devices("cpu")[: question.devices], what
     from jax.experimental import topologies
 
