@@ -78,8 +78,8 @@ Mark = Callable[..., Array]
 Training says with it how they are sharded and which are kept for the way back. Hashable.
 """
 
-ACTIVATIONS = ("q", "k", "v", "attended", "middle", "gate", "up", "residual")
-"""Names of the activations that a block marks, in order; `residual` is its result."""
+ACTIVATIONS = ("attention_in", "q", "k", "v", "attended", "middle", "mlp_in", "gate", "up", "residual")
+"""Names of the activations that a block marks, in order: `middle` and `residual` are the sums after each half."""
 
 
 def unmarked(x: Array, name: str, *axes: str) -> Array:
@@ -144,7 +144,7 @@ def block(
 ) -> tuple[Array, Any]:
     """One pre-norm transformer block: attention, then a gated MLP, each added to the residual."""
     lead, linear, eps = x_D.shape[:-1], kernels.linear.apply, config.rms_norm_eps
-    h = kernels.rms_norm(x_D, layer.attention_norm, eps)
+    h = mark(kernels.rms_norm(x_D, layer.attention_norm, eps), "attention_in", "embed")
     q, k, v = linear(h, layer.q, layer.k, layer.v)
     q = _plus(q, layer.q_bias).reshape(*lead, config.num_heads, config.head_dim)
     k = _plus(k, layer.k_bias).reshape(*lead, config.num_kv_heads, config.head_dim)
@@ -156,7 +156,8 @@ def block(
     out, cache = attend(q, k, mark(v, "v", "kv_heads", "head_dim"), cache, context)
     (out,) = linear(mark(out, "attended", "heads", "head_dim").reshape(*lead, -1), layer.o)
     x_D = mark(x_D + _plus(out, layer.o_bias), "middle", "embed")
-    gate, up = linear(kernels.rms_norm(x_D, layer.mlp_norm, eps), layer.gate, layer.up)
+    h = mark(kernels.rms_norm(x_D, layer.mlp_norm, eps), "mlp_in", "embed")
+    gate, up = linear(h, layer.gate, layer.up)
     gate = mark(_plus(gate, layer.gate_bias), "gate", "mlp")
     up = mark(_plus(up, layer.up_bias), "up", "mlp")
     (down,) = linear(kernels.silu_mul(gate, up), layer.down)

@@ -1,0 +1,29 @@
+"""Training: so far the step, which other rooms compile, measure and run.
+
+- `TrainStep(StepConfig, mesh, kernels)`: one update, called or lowered from shapes alone;
+- `OptimizerConfig`, `Schedule`: AdamW and Muon, and their learning rates;
+- `Batch`: packed rows of tokens with targets, segments and positions;
+- `MeshShape`, `make_mesh`: how the step is spread over devices;
+- `TrainError`, `MeshError`: settings that make no sense.
+"""
+
+from anypool.train.batch import Batch
+from anypool.train.errors import MeshError, TrainError
+from anypool.train.optimizer import OptimizerConfig, Schedule
+from anypool.train.sharding import MeshShape, make_mesh, single_device
+from anypool.train.step import Metrics, StepConfig, TrainState, TrainStep
+
+__all__ = [
+    "Batch",
+    "MeshError",
+    "MeshShape",
+    "Metrics",
+    "OptimizerConfig",
+    "Schedule",
+    "StepConfig",
+    "TrainError",
+    "TrainState",
+    "TrainStep",
+    "make_mesh",
+    "single_device",
+]
