@@ -112,7 +112,10 @@ def find_devices(platform: str, question: Any) -> tuple[list[Any], str]:
     chip, shape = question.chips.chip, question.chips.topology
     if platform == "tpu":
         name = f"{chip.compiler.target}:{'x'.join(map(str, shape))}"
-        topology = topologies.get_topology_desc(name, platform="tpu", **chip.compiler.options)
+        options = dict(chip.compiler.options)
+        if shape[0] % 2 or shape[1] % 2:
+            options["chips_per_host_bounds"] = (1, 1, 1)  # libtpu's own default is a host of 2x2
+        topology = topologies.get_topology_desc(name, platform="tpu", **options)
         return list(topology.devices), f"libtpu {_version('libtpu')}"
     from anypool.check.gpu import target_description
 

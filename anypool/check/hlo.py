@@ -218,27 +218,34 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
     calls: Counter[str] = Counter()
     devices = math.prod(mesh.values())
 
-    def send(kind: str, item: Instruction, computation: Computation, times: int) -> None:
+    def send(kind: str, item: Instruction, computation: Computation, times: int, seen: set[str]) -> None:
+        # Libtpu repeats an asynchronous collective in every fusion that advances it; its channel is one.
+        channel = re.search(r"channel_id=(\d+)", item.rest)
+        if channel is not None and channel.group(1) in seen:
+            return
+        if channel is not None:
+            seen.add(channel.group(1))
         groups = _groups(item, devices)
         moved[kind, groups] += times * _sent(kind, item, computation, len(groups[0]) if groups else devices)
         ran[kind, groups] += times
 
-    def fused(name: str, times: int) -> None:
+    def fused(name: str, times: int, seen: set[str]) -> None:
         """Libtpu fuses some collectives: an all-reduce whose result is sliced at once is a reduce-scatter."""
         computation = computations.get(name)
         for item in computation.instructions.values() if computation else ():
             kind = item.opcode.removesuffix("-start")
             if kind in COLLECTIVES and computation is not None:
                 scattered = kind == "all-reduce" and "scatter" in name
-                send("reduce-scatter" if scattered else kind, item, computation, times)
+                send("reduce-scatter" if scattered else kind, item, computation, times, seen)
             elif item.opcode == "fusion":
-                fused(item.attribute("calls") or "", times)
+                fused(item.attribute("calls") or "", times, seen)
 
     def visit(name: str, times: int) -> None:
         nonlocal unknown, total
         computation = computations.get(name)
         if computation is None:
             return
+        seen: set[str] = set()
         for item in computation.instructions.values():
             kind = item.opcode.removesuffix("-start")
             if item.opcode == "while":
@@ -253,9 +260,9 @@ def read(text: str, mesh: Mapping[str, int]) -> Program:
                 ):
                     visit(branch, times)
             elif kind in COLLECTIVES:
-                send(kind, item, computation, times)
+                send(kind, item, computation, times, seen)
             elif item.opcode == "fusion":
-                fused(item.attribute("calls") or "", times)
+                fused(item.attribute("calls") or "", times, seen)
             if item.opcode == "custom-call":
                 target = re.search(r'custom_call_target="([^"]+)"', item.rest)
                 calls[target.group(1) if target else "?"] += times
@@ -291,7 +298,10 @@ def traffic(item: Instruction, computation: Computation, computations: Mapping[s
     if item.opcode in ("broadcast", "rng-bit-generator"):
         return item.bytes
     if item.opcode == "copy-start":
-        return max(item.arrays, default=0) * 2
+        return item.bytes  # its type holds both ends
+    if item.opcode == "slice-start":
+        _, result, *_ = _parts(item.kind)
+        return _dense(result) + sum(array_bytes(result))
     return item.bytes + sum(sizes)
 
 
