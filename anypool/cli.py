@@ -175,8 +175,10 @@ def worker(
     """
     if supervised:
         from anypool.pools.guard import die_with_parent
+        from anypool.pools.lifeline import hold
 
         die_with_parent()
+        hold()
     from anypool.engine.server import WorkerOptions, run_worker
 
     options = WorkerOptions(

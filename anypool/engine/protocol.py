@@ -95,12 +95,13 @@ class StreamWriter:
         self._first = True
 
     def event(self, update: Update) -> bytes:
-        """The server-sent event for one step's tokens; the last also carries usage and timing."""
+        """The server-sent event for one step's tokens; the first and the last also carry usage and timing."""
         body: dict[str, Any] = {**self._base, "choices": [choice(update)]}
         if update.finish_reason is not None:
-            body["usage"] = usage(self.request)
+            body["usage"] = usage(self.request, self.request.num_output)
             body["anypool"] = {"timing": timing(self.request, ended=True)}
-        elif self._first:
+        elif self._first:  # what was cached is told at once: the worker may not live to say it at the end
+            body["usage"] = usage(self.request, len(update.token_ids))
             body["anypool"] = {"timing": timing(self.request, ended=False)}
         self._first = False
         return b"data: " + _encode(body) + b"\n\n"
@@ -117,7 +118,7 @@ class StreamWriter:
             {
                 **self._base,
                 "choices": [choice(joined)],
-                "usage": usage(self.request),
+                "usage": usage(self.request, self.request.num_output),
                 "anypool": {"timing": timing(self.request, ended=True)},
             }
         )
@@ -140,12 +141,12 @@ def choice(update: Update) -> dict[str, Any]:
     }
 
 
-def usage(request: Request) -> dict[str, Any]:
-    """Tokens of a request: the whole prompt, resumed ones included, and those generated here."""
+def usage(request: Request, completion_tokens: int) -> dict[str, Any]:
+    """Tokens of a request: the whole prompt, resumed ones included, and those generated here and told so far."""
     return {
         "prompt_tokens": request.num_prompt,
-        "completion_tokens": request.num_output,
-        "total_tokens": request.num_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": request.num_prompt + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": request.cached_tokens},
     }
 

@@ -271,6 +271,8 @@ class Worker:
         elif route == ("GET", "/health"):
             ready = self.status == "ready"
             await _reply(send, 200 if ready else 503, json.dumps(self._health()).encode())
+        elif route == ("GET", "/v1/models"):
+            await self._models(send)
         elif route == ("GET", "/metrics"):
             text = b"" if self.metrics is None else self.metrics.render()
             await _reply(send, 200, text, b"text/plain; version=0.0.4; charset=utf-8")
@@ -304,6 +306,15 @@ class Worker:
                 "kernels": engine.runner.kernels.report(),
             }
         return health
+
+    async def _models(self, send: Send) -> None:
+        """What is served, as OpenAI has it: by this a gateway elsewhere joins the worker as an external pool."""
+        if self.status != "ready" or self.engine is None:
+            await _unavailable(send, f"the worker is {self.status}")
+            return
+        length = self.engine.runner.limits.max_model_len
+        model = {"id": self.options.model, "object": "model", "owned_by": "anypool", "max_model_len": length}
+        await _reply(send, 200, json.dumps({"object": "list", "data": [model]}).encode())
 
     async def _completions(self, receive: Receive, send: Send) -> None:
         if self.status != "ready" or self.engine is None:

@@ -39,7 +39,7 @@ class Backoff:
 
     first_seconds: float = 0.25
     limit_seconds: float = 30.0
-    reset_seconds: float = 60.0
+    reset_seconds: float = 5.0
 
     def seconds(self, failures: int) -> float:
         """The pause after the `failures`-th failure in a row, from 1."""

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import IO, Any
 
+from anypool.pools.lifeline import ENVIRONMENT_VARIABLE, Lifeline
+
 _LINE_LIMIT_BYTES = 1 << 20
 
 
@@ -35,15 +37,17 @@ class WorkerProcess:
         process: subprocess.Popen[bytes],
         on_event: Callable[[dict[str, Any]], None],
         on_log: Callable[[str], None],
+        lifeline: Lifeline | None,
     ) -> None:
         self.pid = process.pid
         self.gone = asyncio.Event()
         self._process = process
         self._on_event = on_event
         self._on_log = on_log
+        self._lifeline = lifeline
         self._last_lines: deque[str] = deque(maxlen=20)
-        # Whichever comes first, the end of its output or of the process, says that the worker is gone: the kernel
-        # closes a dying process's pipes before it reports the death.
+        # Whichever comes first says that the worker is gone: its lifeline, the end of its output, the end of the
+        # process. The kernel frees the first before it takes the worker's memory back, and closes pipes after.
         self._output = asyncio.create_task(self._read_events())
         self._errors = asyncio.create_task(self._read_log())
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -66,10 +70,24 @@ class WorkerProcess:
         before it stops its workers.
         """
         pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, start_new_session=True, env=environment
-        )
-        return cls(process, on_event, on_log)
+        lifeline = Lifeline.create()
+        if lifeline is not None:
+            environment = {**environment, ENVIRONMENT_VARIABLE: str(lifeline.fd)}
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=pipe,
+                bufsize=0,
+                start_new_session=True,
+                env=environment,
+                pass_fds=() if lifeline is None else (lifeline.fd,),
+            )
+        finally:
+            if lifeline is not None:
+                lifeline.close()
+        return cls(process, on_event, on_log, lifeline)
 
     @property
     def alive(self) -> bool:
@@ -133,11 +151,25 @@ class WorkerProcess:
             except ValueError:
                 event = None
             if isinstance(event, dict) and isinstance(event.get("event"), str):
+                self._watch_lifeline(event["event"])
                 self._on_event(event)
             else:
                 # A library that prints: not for us, but not to be lost.
                 self._keep(line)
         self.gone.set()
+
+    def _watch_lifeline(self, event: str) -> None:
+        """From `listening` on the worker holds its lifeline."""
+        if self._lifeline is None or event != "listening":
+            return
+        loop = asyncio.get_running_loop()
+
+        def died() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the launcher goes down too
+                loop.call_soon_threadsafe(self.gone.set)
+
+        self._lifeline.watch(died)
+        self._lifeline = None
 
     async def _read_log(self) -> None:
         assert self._process.stderr is not None
