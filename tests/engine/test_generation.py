@@ -42,6 +42,15 @@ SAMPLED = SamplingParams(
     presence_penalty=1.5, frequency_penalty=1.0, logit_bias={5: 4.0, 6: -100.0, 40: 4.0, 70: 3.0},
     logprobs=3, ignore_eos=True,
 )  # fmt: skip
+NEUTRAL = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+}
 GREEDY = SamplingParams(max_tokens=40, temperature=0, logprobs=2, ignore_eos=True)
 TEXTS = [[(i * i * k + 3 * i + k) % VOCAB for i in range(CONTEXT)] for k in (3, 5, 7)]
 
@@ -146,6 +155,9 @@ def naive_draw(scores: np.ndarray, params: SamplingParams, prompt: list[int], ou
         {"top_k": 3, "repetition_penalty": 1.0, "presence_penalty": 0.0, "seed": 2**40 + 3},
         {"top_k": 0, "top_p": 0.5, "frequency_penalty": 2.0, "logit_bias": {}},
         {"top_k": 0, "top_p": 1.0, "min_p": 0.2, "presence_penalty": -2.0, "repetition_penalty": 0.7},
+        NEUTRAL | {"top_k": 4},
+        NEUTRAL | {"top_p": 0.7},
+        NEUTRAL | {"min_p": 0.1},
     ],
 )
 @pytest.mark.parametrize("resumed", [0, 9])

@@ -703,6 +703,16 @@ async def test_tokens_on_their_way_do_not_keep_a_stream_whose_client_left(stream
     await asyncio.wait_for(answer(send, stream, protocol.StreamWriter(stream.request, "m")), 10)
 
 
+def test_an_engine_that_died_ends_the_process(monkeypatch, capsys):
+    """It could only hang: the gateway replays its streams elsewhere, and the launcher starts a new worker."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    server.Worker(server.WorkerOptions("no model", supervised=True))._engine_died(RuntimeError("no device"))
+    assert codes == [70]
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"event": "error", "message": "the engine died: RuntimeError: no device"}
+
+
 def test_timing_of_the_first_event_when_the_engine_is_ahead():
     """The engine may have finished a short request before its first event is written."""
     made = request()
