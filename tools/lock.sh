@@ -15,8 +15,13 @@ for extra in dev tpu cuda rocm ray peers; do
     compile pyproject.toml --extra $extra -o requirements-$extra.lock
 done
 compile --no-deps requirements-model.in -o requirements-model.lock
+# The compilers of `anypool check --install`, at the versions of the extras, without what the venv has already.
+compilers=anypool/check/compilers
+for compiler in tpu cuda rocm; do
+    compile --no-deps -c requirements-$compiler.lock $compilers/$compiler.in -o $compilers/$compiler.lock
+done
 
-if grep -nE '://|index-url|find-links' requirements*.lock; then
+if grep -nE '://|index-url|find-links' requirements*.lock $compilers/*.lock; then
     echo "a lock file names an address; remove it" >&2
     exit 1
 fi

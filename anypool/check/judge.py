@@ -15,7 +15,7 @@ from anypool.chips import Target
 from anypool.models import ModelConfig
 
 VLLM_ASCEND = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types that vLLM-Ascend lists as supported. Source: vllm-ascend documentation, supported models; 2026-11-23."""
+"""Model types that vLLM-Ascend lists as supported. Source: vllm-ascend 0.11, supported models; 2026-11-23."""
 
 
 def unanswered(target: Target, job: str, reason: str, proof: str = "nothing was compiled") -> Result:

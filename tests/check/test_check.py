@@ -39,7 +39,7 @@ def one(model: str, targets: str, running: Running, **options: Any) -> Result:
 
 
 def test_the_cpu_compiles_and_runs_a_step_of_each_job(small: str, running: Running) -> None:
-    name, results = check(small, "cpu:2", Options(seq=64, batch=2), running)
+    name, results = check(small, "cpu:2", Options(seq=32, batch=2), running)
     assert name == "small"
     assert [r.job for r in results] == ["train", "prefill", "decode"]
     for result in results:
