@@ -10,7 +10,7 @@ step.lower(rows=16, length=4096, platform="neuron")    # nothing is allocated; d
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from anypool.models.params import Spec, each, specs
 from anypool.ops import Kernels
 from anypool.train import remat
 from anypool.train.batch import Batch
+from anypool.train.embedding import ShardedLinear
 from anypool.train.errors import TrainError
 from anypool.train.loss import chunks_for, cross_entropy
 from anypool.train.optimizer import Moments, OptimizerConfig, is_matrix, moments, update
@@ -220,7 +221,9 @@ class TrainStep:
     def _objective(self, weights: Decoder, micro: Batch) -> tuple[Array, tuple[Array, Array]]:
         """Sums over the tokens of a micro-batch, whose arrays are (B, T): what is minimised, and its two parts."""
         config, model, mesh = self.config, self.config.model, self.mesh.shape
-        mark = Sharder(self.mesh)
+        mark, kernels = Sharder(self.mesh), self.kernels
+        if self.mesh.size > 1:
+            kernels = replace(kernels, linear=ShardedLinear(kernels.linear, self.mesh))
         looped = config.layers == "scan"
         hidden, _ = forward(
             weights,
@@ -228,9 +231,9 @@ class TrainStep:
             micro.positions,
             None if looped else (None,) * model.num_layers,
             (micro.segments, micro.positions),
-            PackedAttend(self.kernels.packed_attention, model.sliding_window, self.mesh),
+            PackedAttend(kernels.packed_attention, model.sliding_window, self.mesh),
             model,
-            self.kernels,
+            kernels,
             mark,
             remat.wrapper(config.remat, looped),
         )

@@ -14,23 +14,12 @@ from anypool.models.decoder import Decoder, forward_dense, logits
 from anypool.models.params import abstract, specs
 from anypool.ops.kernels import reference
 from anypool.ops.sampling import Sampler, SamplingRows, sample
+from tests.ops.portable import FORBIDDEN
 
 CONFIG = ModelConfig(
     model_type="qwen3", vocab_size=96, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
     num_kv_heads=2, head_dim=16, max_position=256, rms_norm_eps=1e-5, rope=RopeConfig(), qk_norm=True,
 )  # fmt: skip
-
-FORBIDDEN = (
-    (r"stablehlo\.sort|chlo\.top_k", "sort and top-k"),
-    (r"stablehlo\.(case|if)\b", "data-dependent branches"),
-    (r"tensor<[^>]*(f64|complex)", "f64 and complex"),
-    (r"custom_call", "custom calls"),
-    (r"stablehlo\.(rng|infeed|outfeed|send|recv)\b", "stateful random numbers and host transfers"),
-    (r"stablehlo\.reduce\(.* init: .* init: ", "reductions of several operands"),
-    (r"dot_general.*tensor<[^>]*x[su]?i\d+>", "integer products"),
-    (r"stablehlo\.dynamic_(reshape|broadcast_in_dim|iota|pad|gather)", "dynamic shapes"),
-    (r"tensor<[^>]*[su]?i64>", "64-bit integers"),
-)
 
 
 def lowered(function: Any, *args: Any) -> str:

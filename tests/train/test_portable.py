@@ -1,0 +1,45 @@
+"""The whole step lowers to the portable subset: what Trainium's compiler refuses is not in it (design, law 3)."""
+
+import re
+from functools import cache
+
+import pytest
+
+from tests.ops.portable import FORBIDDEN
+from tests.train.conftest import one_device, step_config
+
+STEPS = {
+    "adamw": step_config(compute_dtype="bfloat16", remat="attention"),
+    "muon": step_config(kind="muon", compute_dtype="bfloat16"),
+    "unrolled": step_config(compute_dtype="bfloat16", layers="unrolled", remat="projections"),
+}
+
+
+@cache
+def text(name: str) -> str:
+    lowered: str = one_device(STEPS[name]).lower(rows=2, length=128, micro_batches=2, platform="neuron").as_text()
+    return lowered
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(("pattern", "what"), FORBIDDEN, ids=[what for _, what in FORBIDDEN])
+def test_nothing_forbidden(name, pattern, what):
+    found = [line.strip() for line in text(name).splitlines() if re.search(pattern, line)]
+    assert not found, f"{what}: {found[0]}"
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_loops_have_a_constant_number_of_rounds(name):
+    """Every loop counts up to a constant, as a scan does."""
+    conditions = re.findall(r"stablehlo\.while.*?cond \{(.*?)\} do \{", text(name), re.DOTALL)
+    assert len(conditions) >= 1 if name == "unrolled" else 3
+    assert all(
+        re.search(r"stablehlo\.constant.*stablehlo\.compare +LT", condition, re.DOTALL) for condition in conditions
+    )
+
+
+def test_a_bf16_step_multiplies_bf16():
+    """Products of f32 would run at a fraction of the speed; only Muon's are meant."""
+    products = [line for line in text("adamw").splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 20
+    assert all(re.search(r"\(tensor<[^>]*bf16>, tensor<[^>]*bf16>\)", line) for line in products)
