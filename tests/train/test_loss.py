@@ -38,7 +38,7 @@ def test_cross_entropy_is_the_formula(chunks, shards):
         return cross_entropy(hidden, table, targets, weights, Z, chunks, shards)
 
     found, expected = (
-        jax.value_and_grad(lambda h, t, of=of: of(h, t, targets, weights), (0, 1), has_aux=True)(hidden, table)
+        jax.jit(jax.value_and_grad(lambda h, t, of=of: of(h, t, targets, weights), (0, 1), has_aux=True))(hidden, table)
         for of in (ours, plain)
     )
     assert_close(found, expected, 1e-5)
@@ -103,7 +103,8 @@ def test_packed_attention_is_dense_attention(window, queries):
         return attention(q, k, v, causal_mask(segments, window), 0.3)
 
     found, expected = (
-        jax.value_and_grad(lambda *x, of=of: jnp.sum(jnp.sin(of(*x))), (0, 1, 2))(q, k, v) for of in (ours, dense)
+        jax.jit(jax.value_and_grad(lambda *x, of=of: jnp.sum(jnp.sin(of(*x))), (0, 1, 2)))(q, k, v)
+        for of in (ours, dense)
     )
     assert_close(found, expected, 1e-5)
     part = op(q[:, 64:128], k, v, segments[:, 64:128], positions[:, 64:128], segments, positions, window, 0.3)

@@ -1,5 +1,8 @@
 """Updates and learning rates against formulas written out here; what is decayed and what is orthogonalised."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -19,10 +22,10 @@ def updates(kind, steps=3, **changes):
     generator = np.random.default_rng(0)
     params = each(TREE, lambda spec: jnp.asarray(spec.initial(0) + 0.1))
     state = moments(config, TREE, lambda spec: jnp.zeros(spec.shape, jnp.float32))
-    seen = []
+    seen, one = [], jax.jit(partial(update, config, TREE))
     for step in range(steps):
         gradients = each(TREE, lambda spec: jnp.asarray(generator.standard_normal(spec.shape, np.float32)))
-        after, state = update(config, TREE, jnp.int32(step), params, gradients, state)
+        after, state = one(jnp.int32(step), params, gradients, state)
         seen.append((params, gradients, after))
         params = after
     names = [spec.name for spec in all_specs(TREE)]
