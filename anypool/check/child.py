@@ -54,6 +54,7 @@ def run(question: Any, platform: str, answer: Answer, run_it: bool) -> None:
     from anypool.check.count import count
     from anypool.check.lint import errors, lint_traced
 
+    answer.stage("loading the compiler")
     devices, proof = find_devices(platform, question)
     kernels = jobs.kernels_for(question, platform)
     answer.stage("tracing", kernels=kernels.report(), proof=proof)

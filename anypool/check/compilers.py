@@ -51,8 +51,8 @@ class CompilerHome:
         if self.platform in ("cpu", "neuron"):
             made["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         elif self.platform == "tpu":
-            # Nothing asks a metadata server for a TPU that is not there.
-            made |= {"TPU_SKIP_MDS_QUERY": "1"}
+            # Nothing asks a metadata server for a TPU that is not there, and no lock keeps two compilers apart.
+            made |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         elif self.platform == "cuda":
             made |= {"CUDA_VISIBLE_DEVICES": "-1", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
         elif self.platform == "rocm" and not _has_rocm():

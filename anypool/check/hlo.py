@@ -446,12 +446,22 @@ def _groups(item: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
         flat = _transposed(source, order or list(range(len(source))))
         size = shape[-1]
         return tuple(tuple(flat[i : i + size]) for i in range(0, len(flat), size))
-    named = re.search(r"replica_groups=@?\w*mesh\[([^\]]*)\](?:,? ?device_ids=\S+)? ?\{([^}]*)\}", item.rest)
+    named = re.search(r"replica_groups=@?\w*mesh\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))? ?\{([^}]*)\}", item.rest)
     if named:
-        sizes = {name: int(size) for name, size in re.findall(r"'?([\w]+)'?=(\d+)", named.group(1))}
-        over = re.findall(r"'([\w]+)'", named.group(2))
-        return _grid(sizes, over)
+        sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", named.group(1))}
+        order = _device_order(named.group(2) or "")
+        places = _grid(sizes, re.findall(r"'(\w+)'", named.group(3)))
+        return tuple(tuple(order[place] if order else place for place in group) for group in places)
     return (tuple(range(devices)),)
+
+
+def _device_order(text: str) -> list[int]:
+    """The devices of a printed mesh in order, from "[2,4]T(1,0)" or "0,2,1,3"; [] if they are just 0, 1, ..."""
+    laid = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if laid is None:
+        return [int(n) for n in re.findall(r"\d+", text)]
+    sizes = [int(n) for n in laid.group(1).split(",")]
+    return _transposed(sizes, [int(n) for n in laid.group(2).split(",")]) if laid.group(2) else []
 
 
 def _pairs(text: str) -> Iterator[tuple[int, int]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from anypool.check.memory import parameter_count, predict
+from anypool.check.memory import predict
 from anypool.check.options import capacity, describe
 from anypool.check.processes import Outcome
 from anypool.check.question import Question
 from anypool.check.result import Result
 from anypool.check.roofline import bound, tier
 from anypool.chips import Target
-from anypool.models import ModelConfig
+from anypool.models.counts import decode_flops_per_token, forward_flops_per_token, train_flops_per_token
 
 VLLM_ASCEND = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that vLLM-Ascend lists as supported. Source: vllm-ascend 0.11, supported models; 2026-11-23."""
@@ -156,26 +156,18 @@ def estimate(question: Question, target: Target) -> Result:
 
 
 def model_flops(question: Question) -> int:
-    """Operations a step has to do, recomputation left out: products with weights, and attention over what is before.
-
-    Source: Kaplan et al. 2020, appendix B; Chowdhery et al. 2022, appendix B (attention; a causal mask needs half).
-    """
-    config = question.model
-    weights = parameter_count(config) - (0 if config.tie_embeddings else config.vocab_size * config.hidden_size)
-    head = config.vocab_size * config.hidden_size
-    forward = 2 * (weights - head) * question.tokens
-    forward += 2 * head * (question.tokens if question.job == "train" else question.batch)
-    forward += 4 * config.num_layers * config.num_heads * config.head_dim * _pairs(question, config)
-    return forward * (3 if question.job == "train" else 1)
-
-
-def _pairs(question: Question, config: ModelConfig) -> int:
-    """Pairs of a query and a key it sees."""
-    seq, window = question.seq, config.sliding_window or question.seq
+    """Operations a step has to do, recomputation left out; conventions as in `models.counts`."""
+    config, seq = question.model, question.seq
+    if question.job == "train":
+        return round(question.tokens * train_flops_per_token(config, seq))
     if question.job == "decode":
-        return question.batch * min(seq, window)
-    first = 0 if question.job == "train" else seq - question.chunk
-    return question.batch * sum(min(position + 1, window) for position in range(first, seq))
+        return round(question.batch * decode_flops_per_token(config, seq))
+    # The last tokens of a prompt; only one of each stream is projected onto the vocabulary.
+    before = seq - question.chunk
+    whole = seq * forward_flops_per_token(config, seq)
+    known = before * forward_flops_per_token(config, before) if before else 0.0
+    spared = 2.0 * config.vocab_size * config.hidden_size * (question.chunk - 1)
+    return round(question.batch * (whole - known - spared))
 
 
 def least_traffic(question: Question) -> int:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from anypool.check.question import Question
 from anypool.models import ModelConfig
+from anypool.models.counts import cache_bytes_per_token
 from anypool.models.decoder import Decoder
 from anypool.models.params import Spec, all_specs, specs
 from anypool.ops.attention import PackedAttentionReference
@@ -28,11 +29,6 @@ def predict(question: Question) -> dict[str, int]:
     """Bytes on one device by what they are for; their sum is what the device needs."""
     parts = _training(question) if question.job == "train" else _serving(question)
     return {name: round(size) for name, size in parts.items() if size}
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Parameters of a model."""
-    return sum(math.prod(spec.shape) for spec in all_specs(specs(Decoder, config)))
 
 
 def _divided(spec: Spec, mesh: dict[str, int]) -> float:
@@ -60,7 +56,7 @@ def _serving(question: Question) -> dict[str, float]:
     layer = question.tokens * width * (4 * config.hidden_size + 3 * config.intermediate_size / tensor)
     return {
         "parameters": sum(_divided(spec, mesh) for spec in all_specs(specs(Decoder, config))) * width,
-        "kv_cache": config.num_layers * 2 * BLOCK * (question.batch * blocks + 1) * head_bytes,
+        "kv_cache": cache_bytes_per_token(config, width) * BLOCK * (question.batch * blocks + 1) / tensor,
         "activations": gathered + scores + layer,
         "logits": 2 * 4 * question.batch * config.vocab_size,
     }

@@ -69,7 +69,7 @@ def test_an_installer_that_fails_is_a_users_error(monkeypatch: pytest.MonkeyPatc
     def fails(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 1)
 
-    monkeypatch.setattr(compilers.subprocess, "run", fails)
+    monkeypatch.setattr(subprocess, "run", fails)
     with pytest.raises(CompilerMissingError, match="failed with exit code 1"):
         compilers.install("tpu")
 

@@ -78,6 +78,8 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", ("tensor",)),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ("fsdp",)),
         ("mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}", ("fsdp", "tensor")),
+        ("mesh['axis_0'=1,'axis_1'=4,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}", ("tensor",)),
+        ("mesh['axis_0'=4,'axis_1'=2], device_ids=(0,4,1,5,2,6,3,7) {'axis_1'}", ("fsdp",)),
     ],
 )
 def test_groups_in_every_spelling(groups: str, axes: tuple[str, ...]) -> None:
