@@ -284,7 +284,7 @@ def check_together(runner: Runner, arrivals: list[Arrival], max_num_seqs: int, t
 
 
 @pytest.mark.parametrize("kernels", ["cpu_runner", "reference_runner"])
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(arrivals=arrivals_drawn, max_num_seqs=st.integers(1, 4), budget=st.sampled_from([20, 36, 64]))
 def test_results_do_not_depend_on_the_batch(request, kernels, arrivals, max_num_seqs, budget):
     check_together(request.getfixturevalue(kernels), arrivals, max_num_seqs, budget)
