@@ -86,9 +86,11 @@ def _training(question: Question) -> dict[str, float]:
     return {
         "parameters": 4 * parameters,
         "optimizer": 4 * (parameters + second),
-        "gradients": 4 * parameters + (width * matrices if width < 4 else 0),
+        "weights": width * matrices if width < 4 else 0.0,
+        # Compilers keep a gradient as it was computed and make it f32 in the update; sums of micro-batches are f32.
+        "gradients": width * matrices + (4 * parameters if question.micro_batches > 1 else 0),
         "activations": kept * tokens,
-        "layer": max(2 * width * layer + width * tokens * wide + scores, 2 * logits + (width + 4) * table),
+        "layer": max(2 * width * layer + width * tokens * wide + scores, logits + (width + 4) * table),
     }
 
 

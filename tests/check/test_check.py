@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from anypool.check import CheckError, Options, Result, Running, check, report
+from anypool.check import CheckError, Options, Result, Running, check, predict, report
 from anypool.check.child import out_of_memory
 from anypool.check.options import parse_jobs, question, read_model, training_mesh
 from anypool.check.report import as_html, as_json, seconds
@@ -339,6 +339,20 @@ def test_known_configurations_have_the_published_sizes() -> None:
     sizes |= {"mistral-7b": 7.25e9, "smollm2-135m": 134.5e6}
     for name, count in sizes.items():
         assert parameters(ModelConfig.from_hf(read_model(name)[1])).total == pytest.approx(count, rel=0.005)
+
+
+TRAIN_GIB = [("v5e:4x4", 12.16), ("h100:8", 19.43), ("mi300x:8", 17.62)]
+DECODE_GIB = [("v5e:4x4", 8.06), ("v6e:4x4", 16.03), ("h100:8", 31.49), ("mi300x:8", 31.49)]
+
+
+@pytest.mark.parametrize(
+    ("job", "target", "compiled"),
+    [("train", *pair) for pair in TRAIN_GIB] + [("decode", *pair) for pair in DECODE_GIB],
+)
+def test_predicted_memory_is_near_what_compilers_said(job: str, target: str, compiled: float) -> None:
+    """Llama 3.1 8B; GiB a device by libtpu 0.0.42.1 and the CUDA and ROCm plug-ins 0.10.2, 2026-11-23."""
+    made = question(read_model("llama-3.1-8b")[1], Target.parse(target), job, Options())
+    assert sum(predict(made).values()) / 2**30 == pytest.approx(compiled, rel=0.1)
 
 
 # Reports and the command.
