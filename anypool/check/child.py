@@ -200,15 +200,24 @@ _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def out_of_memory(message: str) -> dict[str, Any] | None:
     """What a compiler says that ran out of device memory: bytes wanted, and bytes there; None for other errors."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", message)
-    if found:
-        used, used_unit, there, there_unit = found.groups()
-        wanted = {"wanted": int(float(used) * _UNITS[used_unit]), "there": int(float(there) * _UNITS[there_unit])}
-        return {"out_of_memory": wanted, "message": message[:2000]}
+    # Either all that is needed, or, seen early, what the temporaries alone need.
+    for pattern, whole in (
+        (r"Used ([\d.]+)([KMGT]?)B? of ([\d.]+)([KMGT]?)B? hbm", True),
+        (r"\(([\d.]+)([KMGT]?)B?\) exceeds available HBM \(([\d.]+)([KMGT]?)B?\)", False),
+    ):
+        found = re.search(pattern, message)
+        if found:
+            used, used_unit, there, there_unit = found.groups()
+            wanted = {"wanted": int(float(used) * _UNITS[used_unit]), "there": int(float(there) * _UNITS[there_unit])}
+            return {"out_of_memory": wanted | {"whole": whole}, "message": message[:2000]}
     found = re.search(r"(?:Attempting to allocate|Out of memory.*?allocate) ([\d.]+)\s?([KMGT]?)i?B?", message)
     if "RESOURCE_EXHAUSTED" in message and found:
         return {
-            "out_of_memory": {"wanted": int(float(found.group(1)) * _UNITS[found.group(2)]), "there": None},
+            "out_of_memory": {
+                "wanted": int(float(found.group(1)) * _UNITS[found.group(2)]),
+                "there": None,
+                "whole": False,
+            },
             "message": message[:2000],
         }
     return None

@@ -102,11 +102,14 @@ def _with_memory(base: Result, question: Question, answer: dict[str, Any]) -> Re
     programs = answer.get("programs", [])
     refused = next((p for p in programs if "out_of_memory" in p), None)
     if refused is not None:
-        wanted, there = refused["out_of_memory"]["wanted"], refused["out_of_memory"]["there"]
-        room = there or base.hbm_capacity_bytes
+        said = refused["out_of_memory"]
         predicted = sum(base.predicted_hbm_bytes.values())
-        base = replace(base, hbm_bytes_per_device=wanted if there else max(predicted, wanted), hbm_capacity_bytes=room)
-        base = replace(base, hbm_source="compiler" if there else "predicted; the compiler ran out of memory")
+        base = replace(
+            base,
+            hbm_bytes_per_device=said["wanted"] if said["whole"] else max(predicted, said["wanted"]),
+            hbm_capacity_bytes=said["there"] or base.hbm_capacity_bytes,
+            hbm_source="compiler" if said["whole"] else "predicted; the compiler ran out of memory",
+        )
         return replace(base, verdict="does_not_fit", reason=_lacks(base))
     if programs:
         sizes = max((p["memory"] for p in programs), key=needed)

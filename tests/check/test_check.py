@@ -183,7 +183,13 @@ def test_a_compiler_that_runs_out_of_device_memory_says_how_much(small: str, run
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 29.50G of 15.75G hbm. Exceeded"
     )
     assert said is not None
-    assert said["out_of_memory"] == {"wanted": int(29.5 * 2**30), "there": int(15.75 * 2**30)}
+    assert said["out_of_memory"] == {"wanted": int(29.5 * 2**30), "there": int(15.75 * 2**30), "whole": True}
+    early = out_of_memory(
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (137.73G) "
+        "exceeds available HBM (15.75G)."
+    )
+    assert early is not None
+    assert early["out_of_memory"] == {"wanted": int(137.73 * 2**30), "there": int(15.75 * 2**30), "whole": False}
     assert out_of_memory("INTERNAL: something else") is None
     stand_in(f"write(stage='out of memory', flops=1, programs=[{{'name': 'train_step', **{said!r}}}])")
     result = one(small, "v5e:2x2", replace(running, suggest=False), jobs=("train",))
