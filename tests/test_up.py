@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Up:
         return self._read(self.process.stderr, words, self.logged)
 
     @staticmethod
-    def _read(stream, words: str, seen: list[str]) -> str:
+    def _read(stream: Iterable[str], words: str, seen: list[str]) -> str:
         for line in stream:
             seen.append(line)
             if words in line:
