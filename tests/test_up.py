@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -44,7 +44,8 @@ class Up:
         return self._read(self.process.stderr, words, self.logged)
 
     @staticmethod
-    def _read(stream: Iterable[str], words: str, seen: list[str]) -> str:
+    def _read(stream: IO[str] | None, words: str, seen: list[str]) -> str:
+        assert stream is not None
         for line in stream:
             seen.append(line)
             if words in line:
