@@ -2,8 +2,9 @@
 
     python -m anypool.check.child ANSWER.json  < question
 
-The question is `{"question": ..., "platform": ..., ...}` on standard input. What is learned is written to ANSWER.json
-after every stage, so that a crash leaves what was known before it and the name of the stage it came in.
+The question is a line of JSON on standard input, `{"question": ..., "platform": ..., ...}`, which then stays open. What is
+learned is written to ANSWER.json after every stage, so that a crash leaves what was known before it and the name of the
+stage it came in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from anypool.pools.guard import die_with_parent
 
 
 class Answer:
@@ -36,7 +39,9 @@ class Answer:
 def main() -> None:
     """Reads the question, answers it; user errors are part of the answer, any other ends the process."""
     answer = Answer(Path(sys.argv[1]))
-    asked = json.load(sys.stdin)
+    asked = json.loads(sys.stdin.buffer.readline())
+    # A compiler can work for minutes; it is not left alone when nobody waits for it any more.
+    die_with_parent()
     answer.stage("importing jax")
     from anypool.check.question import Question
 

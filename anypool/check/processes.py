@@ -64,6 +64,7 @@ def ask(question: Question, home: CompilerHome, limits: Limits, key: str, stage:
             env=home.environment(question.devices),
             start_new_session=True,  # so that what it starts ends with it
         )
+        _LIVE.add(process)
         try:
             _send(process, json.dumps(asked).encode())
             failure, peak = _watch(process, answer, start, limits, stage)
@@ -76,11 +77,21 @@ def ask(question: Question, home: CompilerHome, limits: Limits, key: str, stage:
     return Outcome(known, failure, time.monotonic() - start, peak, log)
 
 
+def stop_all() -> None:
+    """Kills every process that is at work, so that those who wait for them can end."""
+    for process in list(_LIVE):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+_LIVE: set[subprocess.Popen[bytes]] = set()
+
+
 def _send(process: subprocess.Popen[bytes], data: bytes) -> None:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # it died at once; its exit code says so
-        process.stdin.write(data)
-        process.stdin.close()
+        process.stdin.write(data + b"\n")
+        process.stdin.flush()  # and left open: the process ends when it closes
 
 
 def _watch(
@@ -119,6 +130,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+    _LIVE.discard(process)
 
 
 def _read(answer: Path) -> dict[str, Any]:

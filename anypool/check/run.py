@@ -15,7 +15,7 @@ from anypool.check.errors import CheckError
 from anypool.check.judge import estimate, judge, unanswered
 from anypool.check.memory import predict
 from anypool.check.options import Options, capacity, device_count, question, read_model, tensor_divides, worker
-from anypool.check.processes import Limits, Outcome, ask, available_bytes
+from anypool.check.processes import Limits, Outcome, ask, available_bytes, stop_all
 from anypool.check.question import Question
 from anypool.check.result import Result
 from anypool.chips import Target, TargetError, parse_targets
@@ -67,7 +67,12 @@ def check(
             pool.submit(_result, made, target, job, running, report)
             for (target, job), made in zip(asked, questions, strict=True)
         ]
-        return name, [future.result() for future in futures]
+        try:
+            return name, [future.result() for future in futures]
+        except BaseException:  # Ctrl-C above all: nobody waits for what is still being compiled
+            pool.shutdown(wait=False, cancel_futures=True)
+            stop_all()
+            raise
 
 
 def _question(config: dict[str, Any], target: Target, job: str, options: Options, alone: bool) -> Question | str:

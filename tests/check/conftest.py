@@ -54,7 +54,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str],
     def replace(script: str) -> None:
         file = tmp_path / "child.py"
         file.write_text(
-            "import json, os, sys, time\nasked = json.load(sys.stdin)\n"
+            "import json, os, sys, time\nasked = json.loads(sys.stdin.readline())\n"
             "def write(**known):\n    open(sys.argv[1], 'w').write(json.dumps(known))\n" + textwrap.dedent(script)
         )
         monkeypatch.setattr(processes, "COMMAND", (sys.executable, "-S", str(file)))

@@ -1,6 +1,9 @@
 """A check from the question to the report: verdicts, isolation of compilers, bad input, the cache, what would fit."""
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,6 +134,35 @@ def test_one_that_fails_stops_no_other(small: str, running: Running, stand_in: S
     stand_in("if asked['platform'] == 'tpu': os.abort()\n" + FITS)
     _, results = check(small, "v5e:2x2,h100:4", Options(jobs=("train",)), running)
     assert [r.verdict for r in results] == ["failed", "fits"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are looked at in /proc")
+def test_a_compiler_does_not_outlive_the_check(small: str, tmp_path: Path) -> None:
+    """Killed with SIGKILL in the middle: the compiling process ends by itself."""
+    command = [sys.executable, "-m", "anypool", "check", small, "--on", "trn2:1", "--job", "train", "--no-cache"]
+    checking = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "cache" / "check"
+    deadline = time.monotonic() + 60
+    while not (started := [*folder.glob("*.answer")]) and checking.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert started, "the compiling process did not start"
+    children = [int(pid) for pid in Path(f"/proc/{checking.pid}/task/{checking.pid}/children").read_text().split()]
+    for task in Path(f"/proc/{checking.pid}/task").iterdir():
+        children += [int(pid) for pid in (task / "children").read_text().split()]
+    assert children
+    checking.kill()
+    checking.wait()
+    while any(Path(f"/proc/{pid}").exists() and not _ended(pid) for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert all(not Path(f"/proc/{pid}").exists() or _ended(pid) for pid in children)
+
+
+def _ended(pid: int) -> bool:
+    """Whether a process is dead, though perhaps not yet taken note of."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def test_a_failure_is_asked_again(small: str, running: Running, stand_in: Stand) -> None:
