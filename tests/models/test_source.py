@@ -218,7 +218,9 @@ def run_resolve(model, **environment):
     """In a process of its own, as the hub's library reads its environment once; returns what was printed."""
     code = (
         "import sys\nfrom anypool.models import ModelError, resolve\n"
-        "try:\n    print(resolve(sys.argv[1], lambda *progress: print(' '.join(map(str, progress)) + chr(10), end='')))\n"
+        # One write a line: several threads fetch.
+        "def show(*progress):\n    print(' '.join(map(str, progress)) + chr(10), end='')\n"
+        "try:\n    print(resolve(sys.argv[1], show))\n"
         "except ModelError as error:\n    print('error:', error)"
     )
     done = subprocess.run(
