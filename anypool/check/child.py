@@ -3,8 +3,8 @@
     python -m anypool.check.child ANSWER.json  < question
 
 The question is a line of JSON on standard input, `{"question": ..., "platform": ..., ...}`, which then stays open.
-What is learned is written to ANSWER.json after every stage, so that a crash leaves what was known before it and the name
-of the stage it came in.
+What is learned is written to ANSWER.json after every stage, so that a crash leaves what was known before it and the
+name of the stage it came in.
 """
 
 from __future__ import annotations
