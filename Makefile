@@ -8,7 +8,7 @@
 #   make matrix  docs/support.md: models x chips x jobs
 #   make lock    remake the lock files after a change to pyproject.toml
 #
-# PYTHON=/path/to/python chooses the interpreter, EXTRA=tpu|cuda|rocm|ray|peers adds what it needs to .venv, and
+# PYTHON=/path/to/python chooses the interpreter, EXTRA=tpu|cuda|rocm|ray|wandb|peers adds what it needs to .venv, and
 # ARGS="..." is passed on to the command.
 
 SHELL := bash

@@ -3,7 +3,7 @@
 # changed since the last time.
 #
 # PYTHON: the interpreter; without it the one that .venv has, or the newest that is found.
-# EXTRA: an accelerator or launcher to add (tpu, cuda, rocm, ray, peers); what was added before stays.
+# EXTRA: an accelerator or launcher to add (tpu, cuda, rocm, ray, wandb, peers); what was added before stays.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,7 +35,7 @@ version=$("$python" -c 'import sys; print(sys.version)')
 extras=$(sed -n 2p $stamp 2>/dev/null || true)
 if [ -n "${EXTRA:-}" ] && [[ " $extras " != *" $EXTRA "* ]]; then
     if [ ! -f "requirements-$EXTRA.lock" ] || [ "$EXTRA" = model ]; then
-        echo "EXTRA=$EXTRA is unknown; there are: tpu, cuda, rocm, ray, peers" >&2
+        echo "EXTRA=$EXTRA is unknown; there are: tpu, cuda, rocm, ray, wandb, peers" >&2
         exit 2
     fi
     extras="${extras:+$extras }$EXTRA"

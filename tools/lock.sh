@@ -11,7 +11,7 @@ compile() {
 }
 
 compile pyproject.toml -o requirements.lock
-for extra in dev tpu cuda rocm ray peers; do
+for extra in dev tpu cuda rocm ray wandb peers; do
     compile pyproject.toml --extra $extra -o requirements-$extra.lock
 done
 compile --no-deps requirements-model.in -o requirements-model.lock
