@@ -11,8 +11,12 @@ _HEADER = re.compile(r"^\s*(\[\[?)\s*([A-Za-z0-9_.\-\"' ]+?)\s*\]\]?\s*(#.*)?$")
 _KEY = re.compile(r"^\s*([A-Za-z0-9_\-]+|\"[^\"]+\"|'[^']+')\s*=")
 
 
-class FleetError(ValueError):
-    """A mistake in a fleet file. The message names the place, the value and what to do."""
+class TableError(ValueError):
+    """A mistake in a TOML file. The message names the place, the value and what to do."""
+
+
+class FleetError(TableError):
+    """A mistake in a fleet file."""
 
 
 def suggestion(wrong: str, known: Iterable[str]) -> str:
@@ -59,8 +63,9 @@ class Table:
         lines: dict[str, int],
         keys: Sequence[str],
         not_yet: Sequence[str] = (),
+        mistake: type[TableError] = FleetError,
     ) -> None:
-        self.file, self.path, self.title, self.lines = file, path, title, lines
+        self.file, self.path, self.title, self.lines, self.mistake = file, path, title, lines, mistake
         if not isinstance(data, dict):
             raise self.error(None, f"is {data!r}, but must be a table: write {title} on a line of its own")
         self.data: dict[str, Any] = data
@@ -70,13 +75,13 @@ class Table:
             if key not in keys:
                 raise self.error(key, f"unknown key {key!r}{suggestion(key, keys)}")
 
-    def error(self, key: str | None, message: str) -> FleetError:
-        """A FleetError that starts with the place of `key`, or of the whole table."""
+    def error(self, key: str | None, message: str) -> TableError:
+        """The file's own kind of error, which starts with the place of `key`, or of the whole table."""
         place = self.path if key is None else f"{self.path}.{key}" if self.path else key
         line = self.lines.get(place, self.lines.get(self.path))
-        return FleetError(f"{self.file}{f':{line}' if line else ''}: {self.title} {message}".replace("  ", " "))
+        return self.mistake(f"{self.file}{f':{line}' if line else ''}: {self.title} {message}".replace("  ", " "))
 
-    def _wrong(self, key: str, expected: str) -> FleetError:
+    def _wrong(self, key: str, expected: str) -> TableError:
         return self.error(key, f"{key} = {self.data[key]!r}: {expected}")
 
     def text(self, key: str, default: str | None = None, *, required: bool = False, example: str = "") -> str:
@@ -121,13 +126,17 @@ class Table:
             raise self._wrong(key, f"must be a whole number {span}, for example {key} = {example}")
         return value
 
-    def number(self, key: str, default: float | None, *, above: float, example: float) -> float | None:
-        """A finite number greater than `above`."""
+    def number(
+        self, key: str, default: float | None, *, above: float, example: float, equal: bool = False
+    ) -> float | None:
+        """A finite number greater than `above`, or equal to it where `equal` says so."""
         if key not in self.data:
             return default
         value = self.data[key]
-        if type(value) not in (int, float) or not above < value < float("inf"):
-            raise self._wrong(key, f"must be a number greater than {above:g}, for example {key} = {example:g}")
+        fits = type(value) in (int, float) and above <= value < float("inf") and (equal or value != above)
+        if not fits:
+            least = f"of at least {above:g}" if equal else f"greater than {above:g}"
+            raise self._wrong(key, f"must be a number {least}, for example {key} = {example:g}")
         return float(value)
 
 
