@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from anypool.engine.runner import step_logits
 from anypool.models.decoder import Decoder
 from anypool.models.params import Spec, each, specs
 from anypool.ops import Kernels, choose
+from anypool.ops.divided import DividedPagedAttention
 from anypool.ops.paged_attention import BLOCK
 from anypool.ops.sampling import Sampler, SamplingRows, sample
 from anypool.train import MeshShape, OptimizerConfig, Schedule, StepConfig, TrainStep, make_mesh
@@ -37,8 +38,19 @@ def kernels_for(question: Question, platform: str) -> Kernels:
     """The kernels that a worker or a run takes on this platform, by name, without looking at the machine."""
     # The CPU's own kernels hold weights in packed panels that one device reads; over a mesh the references serve.
     faster = platform != "cpu" or question.devices == 1
-    train = question.job == "train"
-    return choose(platform, jnp.dtype(question.dtype), question.model.head_dim, faster, train=train)
+    model, tensor = question.model, question.mesh.get("tensor", 1)
+    return choose(
+        platform,
+        jnp.dtype(question.dtype),
+        model.head_dim,
+        faster,
+        train=question.job == "train",
+        heads=model.num_heads // tensor,
+        kv_heads=model.num_kv_heads // tensor,
+        window=model.sliding_window,
+        length=question.seq,
+        sequence=question.mesh.get("sequence", 1),
+    )
 
 
 def mesh_for(question: Question, devices: Sequence[Any]) -> Mesh:
@@ -74,8 +86,8 @@ def train_config(question: Question) -> StepConfig:
 def train_step(question: Question, mesh: Mesh, kernels: Kernels) -> JobProgram:
     """One update: loss, gradient, clip and optimizer."""
     step = TrainStep(train_config(question), mesh, kernels)
-    batch = step.abstract_batch(question.batch // question.micro_batches, question.seq, question.micro_batches)
-    arguments = (step.abstract_state(), batch)
+    rows = question.batch // question.micro_batches
+    arguments = step.abstract_arguments(rows, question.seq, question.micro_batches)
     return JobProgram("train_step", step.compiled.trace(*arguments), arguments)
 
 
@@ -87,14 +99,12 @@ def serving_step(question: Question, mesh: Mesh, kernels: Kernels) -> JobProgram
     tiles = 0 if decode else question.batch * -(-question.chunk // BLOCK)
     rows, tokens = decode + tiles, decode + tiles * BLOCK
     one = NamedSharding(mesh, PartitionSpec())
-    attention = kernels.paged_attention
-    cache_shape, wider = (
-        attention.cache_shape(question.batch * blocks + 1, config.num_kv_heads * times, config.head_dim)
-        for times in (1, 2)
-    )
-    # Divided along its heads, whichever axis they are.
-    axes = ["tensor" if size != other else None for size, other in zip(cache_shape, wider, strict=True)]
-    cache_sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    attention = DividedPagedAttention(kernels.paged_attention, mesh)
+    if mesh.size > 1 and attention.name != "reference":
+        # A compiler divides plain operations by itself; a kernel's it leaves whole.
+        kernels = replace(kernels, paged_attention=attention)
+    cache_shape = attention.cache_shape(question.batch * blocks + 1, config.num_kv_heads, config.head_dim)
+    cache_sharding = NamedSharding(mesh, attention.cache_spec())
     cache = jax.ShapeDtypeStruct(cache_shape, jnp.dtype(question.dtype), sharding=cache_sharding)
 
     def i32(*shape: int) -> jax.ShapeDtypeStruct:

@@ -48,13 +48,17 @@ class Spec:
             return np.stack([member.initial(seed, std) for member in self.members])
         if self.init != "normal":
             return np.full(self.shape, 1.0 if self.init == "ones" else 0.0, np.float32)
-        key = hashlib.blake2b(f"{seed}/{self.name}".encode(), digest_size=16).digest()
-        generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        return generator.standard_normal(self.shape, np.float32) * np.float32(std)
+        return generator(seed, self.name).standard_normal(self.shape, np.float32) * np.float32(std)
 
     def read(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """The tensor from a checkpoint."""
         return np.stack([m.read(tensors) for m in self.members]) if self.members else tensors[self.name]
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """What draws a tensor's first values: a pure function of the seed and the tensor's name."""
+    key = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:

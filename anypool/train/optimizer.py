@@ -131,19 +131,31 @@ def moments(config: OptimizerConfig, tree: Decoder, make: Any) -> Moments:
 
 
 def update(
-    config: OptimizerConfig, tree: Decoder, step: Array, params: Decoder, gradients: Decoder, state: Moments
+    config: OptimizerConfig,
+    tree: Decoder,
+    step: Array,
+    params: Decoder,
+    gradients: Decoder,
+    state: Moments,
+    made: Array,
 ) -> tuple[Decoder, Moments]:
-    """Parameters and moments after one update. tree: the specs. step: updates done so far, int32 ()."""
+    """Parameters and moments after one update.
+
+    Args:
+        tree: the specs.
+        step: steps done so far, int32 ().
+        made: bool (); False leaves all as it is, in every bit, whatever is in the gradients.
+    """
     rate = config.schedule(step)
 
     def one(spec: Spec, param: Array, gradient: Array, mu: Array, nu: Array | None) -> _Updated:
         if nu is None:
-            direction, mu = _muon(config, step, gradient, mu)
+            direction, mu = _muon(config, step, gradient, mu, made)
         else:
-            direction, mu, nu = _adam(config, step, gradient, mu, nu)
+            direction, mu, nu = _adam(config, step, gradient, mu, nu, made)
         if is_matrix(spec):
             direction = direction + config.weight_decay * param
-        return _Updated(param - rate * direction, mu, nu)
+        return _Updated(jnp.where(made, param - rate * direction, param), mu, nu)
 
     updated = jax.tree.map(one, tree, params, gradients, state.mu, state.nu, is_leaf=lambda x: isinstance(x, Spec))
 
@@ -161,16 +173,24 @@ class _Updated:
     nu: Array | None
 
 
-def _adam(config: OptimizerConfig, step: Array, gradient: Array, mu: Array, nu: Array) -> tuple[Array, Array, Array]:
-    rule = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-    direction, after = rule.update(gradient, optax.ScaleByAdamState(count=step, mu=mu, nu=nu))
-    return direction, after.mu, after.nu
+# Moments are chosen before they are used: the direction then needs no other than those that are kept, and the compiler
+# writes them over the old ones. Chosen and not multiplied by 0, which would keep a NaN.
 
 
-def _muon(config: OptimizerConfig, step: Array, gradient: Array, mu: Array) -> tuple[Array, Array]:
+def _adam(
+    config: OptimizerConfig, step: Array, gradient: Array, mu: Array, nu: Array, made: Array
+) -> tuple[Array, Array, Array]:
+    mu = jnp.where(made, optax.tree.update_moment(gradient, mu, config.beta1, 1), mu)
+    nu = jnp.where(made, optax.tree.update_moment_per_elem_norm(gradient, nu, config.beta2, 2), nu)
+    mean = optax.tree.bias_correction(mu, config.beta1, step + 1)
+    square = optax.tree.bias_correction(nu, config.beta2, step + 1)
+    return mean / (jnp.sqrt(square) + config.eps), mu, nu
+
+
+def _muon(config: OptimizerConfig, step: Array, gradient: Array, mu: Array, made: Array) -> tuple[Array, Array]:
     # Weights are (out, in); what precedes is a stack of layers, each made orthogonal by itself.
     axes = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
     rule = scale_by_muon(MUON_COEFFICIENTS, beta=config.momentum, weight_dimension_numbers=axes)
     state = MuonState(count=step, mu=mu, ns_coeffs=jnp.asarray(MUON_COEFFICIENTS))
     direction, after = rule.update(gradient, state)
-    return direction * (MUON_UPDATE_RMS * max(gradient.shape[-2:]) ** 0.5), after.mu
+    return direction * (MUON_UPDATE_RMS * max(gradient.shape[-2:]) ** 0.5), jnp.where(made, after.mu, mu)

@@ -35,6 +35,7 @@ PARAMETER_AXES: dict[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "embed": ("fsdp", "sequence"),
     "head_dim": (),
+    "rank": (),
     "layers": (),
 }
 ACTIVATION_AXES: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ import numpy as np
 
 from anypool.models.params import initial
 from anypool.ops.kernels import reference
-from anypool.train import Batch, MeshShape, TrainStep, make_mesh
+from anypool.train import Batch, MeshShape, TrainStep, make_mesh, place_batch
 from tests.train.conftest import packed_rows, step_config
 
 MESHES = ("", "data=2,fsdp=4", "fsdp=2,sequence=2,tensor=2")
@@ -32,8 +32,8 @@ def main() -> None:
         moments: list[np.ndarray] = []
         held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(state))
         for i in range(3):
-            batch = Batch.from_rows(**packed_rows(rows=16, seed=i), micro_batches=2)
-            state, metrics = compiled(state, jax.device_put(batch, step.abstract_batch(8, 32, 2).tokens.sharding))
+            batch = place_batch(step.mesh, Batch.from_rows(**packed_rows(rows=16, seed=i), micro_batches=2), rows=16)
+            state, metrics = compiled(*step.arguments(state, batch))
             losses.append(float(metrics.loss))
             moments = moments or [np.asarray(leaf) for leaf in jax.tree.leaves(state.moments.mu)]
         alone = alone or moments

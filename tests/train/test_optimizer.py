@@ -25,7 +25,7 @@ def updates(kind, steps=3, **changes):
     seen, one = [], jax.jit(partial(update, config, TREE))
     for step in range(steps):
         gradients = each(TREE, lambda spec: jnp.asarray(generator.standard_normal(spec.shape, np.float32)))
-        after, state = one(jnp.int32(step), params, gradients, state)
+        after, state = one(jnp.int32(step), params, gradients, state, jnp.array(True))
         seen.append((params, gradients, after))
         params = after
     names = [spec.name for spec in all_specs(TREE)]
