@@ -11,7 +11,13 @@ from typer.testing import CliRunner
 import anypool
 from anypool import cli
 
-COMMANDS = [[], ["up"], ["worker"], ["generate"], ["drill"], ["drill", "serve"], ["bench"], ["bench", "serve"]]
+EXPLAINED_BY_EXAMPLE = [
+    ["up"], ["worker"], ["generate"], ["chips"], ["check"], ["train"],
+    ["drill", "serve"], ["drill", "train"], ["bench", "serve"],
+]  # fmt: skip
+COMMANDS = [
+    [], ["drill"], ["bench"], ["runs"], ["runs", "list"], ["runs", "show"], ["runs", "plot"], *EXPLAINED_BY_EXAMPLE
+]  # fmt: skip
 
 
 def run(*arguments: str):
@@ -23,11 +29,11 @@ def test_every_command_explains_itself(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.output
-    if command in (["up"], ["worker"], ["generate"], ["drill", "serve"], ["bench", "serve"]):
+    if command in EXPLAINED_BY_EXAMPLE:
         assert "Examples" in result.output
 
 
-@pytest.mark.parametrize("command", [[], ["drill"], ["bench"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["drill"], ["bench"], ["runs"], ["data"]], ids=" ".join)
 def test_a_command_without_its_rest_shows_the_help(command):
     assert "Usage:" in run(*command).output
 
@@ -79,7 +85,7 @@ def test_a_wrong_argument_ends_with_two(arguments, words):
 def test_the_workers_flags_are_its_options_with_the_same_defaults():
     from anypool.engine.server import WorkerOptions
 
-    flags = inspect.signature(cli.worker).parameters
+    flags = inspect.signature(cli.serve.worker).parameters
     for field in dataclasses.fields(WorkerOptions):
         if field.name == "faster_kernels":
             assert flags["reference_kernels"].default is (not field.default)
@@ -90,7 +96,7 @@ def test_the_workers_flags_are_its_options_with_the_same_defaults():
 def test_what_the_fleet_file_tells_an_engine_are_the_workers_flags():
     from anypool.pools import EngineSettings
 
-    assert {field.name for field in dataclasses.fields(EngineSettings)} <= set(inspect.signature(cli.worker).parameters)
+    assert {field.name for field in dataclasses.fields(EngineSettings)} <= set(inspect.signature(cli.serve.worker).parameters)
 
 
 def test_our_own_errors_are_one_line_and_others_are_not_hidden(monkeypatch, capsys):
