@@ -158,7 +158,7 @@ class Runner:
         config = ModelConfig.load(directory)
         kind = jnp.dtype(dtype)
         cache_blocks(config, limits, kind)  # refuses a cache that is too small before the long part
-        kernels = choose(jax.default_backend(), kind, config.head_dim, faster)
+        kernels = choose(jax.default_backend(), kind, config.head_dim, faster, kv_heads=config.num_kv_heads)
 
         def place(spec: Spec, array: np.ndarray) -> Any:
             array = np.asarray(array, kind)

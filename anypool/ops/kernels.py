@@ -8,11 +8,13 @@ not by looking at the machine, so that a model can be compiled for a chip that i
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from anypool.ops.attention import PackedAttentionReference
 from anypool.ops.linear import LinearReference
 from anypool.ops.mlp import SiluMulReference
+from anypool.ops.need import Need
 from anypool.ops.norm import RmsNormReference
 from anypool.ops.paged_attention import PagedAttentionReference
 
@@ -56,32 +58,68 @@ def reference() -> Kernels:
     return Kernels(**REFERENCES, choices=tuple(Choice(op, "reference") for op in REFERENCES))
 
 
-def choose(platform: str, dtype: jnp.dtype, head_dim: int, faster: bool = True, train: bool = False) -> Kernels:
+def choose(
+    platform: str,
+    dtype: jnp.dtype,
+    head_dim: int,
+    faster: bool = True,
+    train: bool = False,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    window: int | None = None,
+    length: int | None = None,
+    sequence: int = 1,
+) -> Kernels:
     """The fastest registered implementation of every op that serves this model on `platform`.
 
     Args:
-        platform: what JAX calls it: cpu, tpu, cuda, rocm, neuron.
+        platform: what JAX calls it: cpu, tpu, cuda, rocm, neuron; gpu, as a worker finds itself, is one of two.
         dtype: of weights, activations and cache.
         head_dim: width of one attention head.
         faster: False takes the reference everywhere.
         train: only what has a gradient; the attention reported is that of training, not that of serving.
-    """
-    candidates: dict[str, Any] = {}
-    unavailable: str | None = None
-    if platform == "cpu" and faster and not train:
-        from anypool.ops import cpu
+        heads, kv_heads: query heads and key-value heads of one device.
+        window: keys a token sees; None: all before it.
+        length: tokens of a row of a training batch.
+        sequence: devices among which a mesh divides a row's positions.
 
-        candidates = cpu.KERNELS
-        unavailable = cpu.unavailable()
+    What is None is not judged; a kernel that cannot compute it raises when it is traced.
+    """
+    need = Need(jnp.dtype(dtype), head_dim, heads, kv_heads, window, length, sequence)
+    offers = _offers(platform, need, train) if faster else {}
     chosen: dict[str, Any] = {}
     choices = []
     for op, fallback in REFERENCES.items():
-        kernel, reason = candidates.get(op), None
-        if kernel is not None:
-            reason = unavailable or kernel.refuses(dtype=jnp.dtype(dtype), head_dim=head_dim)
-        if kernel is None or reason is not None:
-            kernel = fallback
-        chosen[op] = kernel
+        kernel, reason = offers.get(op, (fallback, None))
+        chosen[op] = kernel if reason is None else fallback
         if op != ("paged_attention" if train else "packed_attention"):
-            choices.append(Choice(op, kernel.name, reason))
+            choices.append(Choice(op, chosen[op].name, reason))
     return Kernels(**chosen, choices=tuple(choices))
+
+
+def _offers(platform: str, need: Need, train: bool) -> dict[str, tuple[Any, str | None]]:
+    """What is registered for a platform beside the references: op to kernel, and why it cannot serve, or None."""
+    if platform == "cpu" and not train:
+        from anypool.ops import cpu
+
+        lacking = cpu.unavailable()
+        return {
+            op: (kernel, lacking or kernel.refuses(dtype=need.dtype, head_dim=need.head_dim))
+            for op, kernel in cpu.KERNELS.items()
+        }
+    registered: dict[str, Any] = {}
+    if platform == "tpu":
+        from anypool.ops import tpu
+
+        registered = tpu.KERNELS
+    elif platform in ("cuda", "rocm", "gpu"):
+        from anypool.ops import gpu
+
+        registered = gpu.KERNELS[_gpu_vendor() if platform == "gpu" else platform]
+    return {op: (kernel, kernel.refuses(need)) for op, kernel in registered.items()}
+
+
+def _gpu_vendor() -> str:
+    """The platform of the GPUs that are here; JAX calls those of either vendor "gpu"."""
+    return "rocm" if "rocm" in jax.devices("gpu")[0].client.platform_version.lower() else "cuda"
