@@ -1,4 +1,4 @@
-"""A process that makes units of a job: `python -m anypool.train.data.worker FOLDER`, by lines: numbers in, answers out."""
+"""A process that makes units of a job, `python -m anypool.train.data.worker FOLDER`: numbers in, answers out."""
 
 from __future__ import annotations
 

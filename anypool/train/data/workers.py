@@ -6,6 +6,7 @@ however it ends, the input ends, and with it the worker.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -79,8 +80,8 @@ def _ask(process: subprocess.Popen[bytes], unit: int) -> None:
         line = b""
     if not line:
         raise DataError(
-            f"a process that tokenised ended with exit code {process.wait()}, and its work was lost; what others finished "
-            "is kept. Ask again, with fewer workers if memory is short"
+            f"a process that tokenised ended with exit code {process.wait()}, and its last work was lost; what was "
+            "finished is kept. Ask again, with fewer workers if memory is short"
         )
     if complaint := json.loads(line).get("error"):
         raise DataError(complaint)
@@ -98,8 +99,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     assert process.stdin is not None and process.stdout is not None
-    try:
+    with contextlib.suppress(OSError):  # what it was still to be asked is of no use now
         process.stdin.close()
-    except OSError:  # what it was to be asked is of no use now
-        pass
     process.stdout.close()
