@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +63,22 @@ def plot_run(store_url: str | Store, runs: str | Sequence[str], out: Path) -> Pa
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential mean over about a fiftieth of all values, unbiased at the start; values not finite are skipped.
+    """The mean of about a fiftieth of all values around each, fewer towards both ends: so the curve does not lag.
 
-    Source of the correction: Kingma and Ba 2015 (Adam), section 3.
+    Values that are not finite count for nothing; where there is no other, the mean is not-a-number.
     """
-    keep = 1 - 1 / max(1.0, len(values) / 50)
-    mean, weight, found = 0.0, 0.0, []
+    half = len(values) // 100
+    sums, counts = [0.0], [0]
     for value in values:
-        if math.isfinite(value):
-            mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
-        found.append(mean / weight if weight else math.nan)
+        finite = math.isfinite(value)
+        sums.append(sums[-1] + (value if finite else 0.0))
+        counts.append(counts[-1] + finite)
+    found = []
+    for place in range(len(values)):
+        reach = min(half, place, len(values) - 1 - place)
+        first, last = place - reach, place + reach + 1
+        count = counts[last] - counts[first]
+        found.append((sums[last] - sums[first]) / count if count else math.nan)
     return found
 
 
@@ -102,7 +110,8 @@ def _draw(records: dict[str, RunRecord]) -> Any:
     if single:
         _pools(axes, record)
     axes[0].legend(loc="upper right", fontsize=8, framealpha=0.9)
-    axes[0].set_title(_title(name, record) if single else f"{len(records)} runs", loc="left", fontsize=11, pad=18)
+    title = _title(name, record) if single else ", ".join(records)
+    axes[0].set_title(title, loc="left", fontsize=11, pad=18 if single else 8)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].margins(x=0.01)
@@ -121,7 +130,13 @@ def _curve(axis: Any, panel: _Panel, record: RunRecord, name: str, colour: str, 
     smooth_label = (f"{name}: loss, smoothed" if not single else "loss, smoothed") if panel.metric == "loss" else None
     raw_label = "loss of each step" if panel.metric == "loss" and single else None
     axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8, marker=dots, label=raw_label)
-    axis.plot(steps, smoothed(values), color=colour, linewidth=1.6, label=smooth_label, zorder=3)
+    # How fast it is changes at once when a pool does, so speed is smoothed on each pool for itself.
+    cuts = [first for _, first, _ in _stays(record)[1:]] if panel.metric == "tokens_per_second" else []
+    edges = [0, *(bisect_left(steps, cut) for cut in cuts), len(steps)]
+    for first, last in pairwise(edges):
+        axis.plot(
+            steps[first:last], smoothed(values[first:last]), color=colour, linewidth=1.6, label=smooth_label, zorder=3
+        )
     found = record.curve("eval_loss") if panel.metric == "loss" else []
     if found:
         axis.plot(
@@ -195,7 +210,5 @@ def _commits(record: RunRecord) -> list[int]:
 
 
 def _title(name: str, record: RunRecord) -> str:
-    steps = [line.step for line in record.kept() if line.kind == "step"]
-    total = f" of {record.total_steps:,}" if record.total_steps else ""
-    epochs = len(_stays(record))
-    return f"{name}: {max(steps):,}{total} steps, on its pools in {epochs} {'stay' if epochs == 1 else 'stays'}"
+    step = max(line.step for line in record.kept() if line.kind == "step")
+    return f"{name}: step {step:,}" + (f" of {record.total_steps:,}" if record.total_steps else "")
