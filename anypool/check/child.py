@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from anypool.check import neuronx
 from anypool.pools.guard import die_with_parent
 
 
@@ -84,9 +85,22 @@ def run(question: Any, platform: str, answer: Answer, run_it: bool) -> None:
         answer.stage(f"compiling {program.name}", flops=flops, unknown_loops=unknown)
         if lowered is not None:
             compiled.append((compile_one(program, lowered, question, answer), program.arguments))
+        elif (compiler := neuronx.find()) is not None:
+            compile_for_trainium(program, compiler, question, answer)
     if run_it and compiled:
         answer.stage("running one step", measured_seconds=run_once(*compiled[0]))
     answer.stage("done")
+
+
+def compile_for_trainium(program: Any, compiler: neuronx.Compiler, question: Any, answer: Answer) -> None:
+    """Hands one core's part of a program to AWS's compiler, and notes what it says."""
+    module = neuronx.one_core(program.traced, question.devices)
+    done = neuronx.compile_module(compiler, module, question.chips.chip.compiler.target)
+    made = {"name": program.name, "compile_seconds": done.seconds, "neff_bytes": done.neff_bytes}
+    known = {"compiler": f"{neuronx.COMMAND} {compiler.version}"}
+    if done.rejected is not None:
+        known["rejected"] = done.rejected
+    answer.stage(f"compiled {program.name}", programs=[*answer.known["programs"], made], **known)
 
 
 def _has_kernels(kernels: Any) -> bool:
@@ -108,7 +122,7 @@ def find_devices(platform: str, question: Any) -> tuple[list[Any], str]:
     import jax
 
     if platform in ("cpu", "neuron"):
-        # Trainium's program is only lowered, for which host devices stand in.
+        # Trainium's program is lowered without its devices, for which those of the host stand in.
         what = f"XLA for CPU, jax {jax.__version__}" if platform == "cpu" else f"lowered by jax {jax.__version__}"
         return jax.devices("cpu")[: question.devices], what
     from jax.experimental import topologies

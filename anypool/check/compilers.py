@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
-from anypool.check import rocm_stubs
+from anypool.check import neuronx, rocm_stubs
 from anypool.check.errors import CheckError, CompilerMissingError
 from anypool.paths import cache_dir
 
@@ -69,11 +69,18 @@ def home() -> Path:
 
 
 def find(platform: str) -> CompilerHome:
-    """The compiler of a JAX platform. Raises CompilerMissingError, naming what installs it."""
+    """The compiler of a JAX platform. Raises CompilerMissingError, naming what installs it.
+
+    Trainium needs none: without neuronx-cc its programs are lowered and linted. One that is in PATH and does not work
+    raises CheckError.
+    """
     if platform == "cpu":
         return CompilerHome(platform, None, f"XLA for CPU, jaxlib {version('jaxlib')}")
     if platform == "neuron":
-        return CompilerHome(platform, None, f"lowered by jax {version('jax')}, linted")
+        compiler = neuronx.find()
+        linted = f"lowered by jax {version('jax')}, linted"
+        name = linted if compiler is None else f"{linted}, {neuronx.COMMAND} {compiler.version}"
+        return CompilerHome(platform, None, name)
     folder = home() / platform
     if folder.is_dir():
         found = next((d.version for d in distributions(path=[str(folder)]) if d.name == _PACKAGE[platform]), None)

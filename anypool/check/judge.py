@@ -37,6 +37,8 @@ def judge(
         return replace(base, verdict="rejected", proof="not lowered", reason=answer["refused"])
     if outcome.failure is not None:
         return replace(base, verdict="failed", proof="nothing was proven", reason=outcome.failure)
+    if "rejected" in answer:
+        return replace(base, verdict="rejected", reason=f"the compiler refuses it: {answer['rejected']}")
     if base.errors:
         first = base.errors[0]
         return replace(base, verdict="rejected", reason=f"{first['rule']} at {first['where']}: {first['what']}")
@@ -91,7 +93,11 @@ def _base(question: Question, target: Target, answer: dict[str, Any], host_bytes
 def _proof(answer: dict[str, Any], platform: str, compiler: str) -> str:
     named = answer.get("proof", compiler)
     if platform == "neuron":
-        return f"{named} and linted; memory predicted, not compiled"
+        found = [finding for finding in answer.get("findings", []) if finding["severity"] == "error"]
+        if "compiler" not in answer or found:
+            return f"{named} and linted; memory predicted, not compiled"
+        asked = "refused by" if "rejected" in answer else "compiled with"
+        return f"{asked} {answer['compiler']}; memory predicted"
     if platform == "rocm":
         return f"code generation only, {named}"
     ran = ", one step run" if answer.get("measured_seconds") is not None else ""
@@ -111,8 +117,9 @@ def _with_memory(base: Result, question: Question, answer: dict[str, Any]) -> Re
             hbm_source="compiler" if said["whole"] else "predicted; the compiler ran out of memory",
         )
         return replace(base, verdict="does_not_fit", reason=_lacks(base))
-    if programs:
-        sizes = max((p["memory"] for p in programs), key=needed)
+    measured = [program["memory"] for program in programs if "memory" in program]
+    if measured:
+        sizes = max(measured, key=needed)
         base = replace(base, hbm_bytes_per_device=needed(sizes), hbm_parts=sizes, hbm_source="compiler")
     else:
         predicted = sum(base.predicted_hbm_bytes.values())

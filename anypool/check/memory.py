@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from anypool.check.jobs import kernels_for
 from anypool.check.question import Question
 from anypool.models import ModelConfig
 from anypool.models.counts import cache_bytes_per_token
@@ -29,6 +30,15 @@ def predict(question: Question) -> dict[str, int]:
     """Bytes on one device by what they are for; their sum is what the device needs."""
     parts = _training(question) if question.job == "train" else _serving(question)
     return {name: round(size) for name, size in parts.items() if size}
+
+
+def _fused(question: Question, op: str) -> bool:
+    """Whether a kernel attends, whose scores never leave it."""
+    platform = question.chips.chip.jax_platform
+    # Naming the CPU's kernels would build them; they are not part of the prediction.
+    if platform is None or platform in ("cpu", "neuron"):
+        return False
+    return bool(getattr(kernels_for(question, platform), op).name != "reference")
 
 
 def _divided(spec: Spec, mesh: dict[str, int]) -> float:
@@ -51,6 +61,8 @@ def _serving(question: Question) -> dict[str, float]:
     queries = 1 if question.job == "decode" else BLOCK
     keys = rows * blocks * BLOCK
     # The reference gathers every row's blocks of one layer, keys and values apart, and scores them in f32.
+    if _fused(question, "paged_attention"):
+        keys = 0
     gathered = 2 * 2 * keys * head_bytes
     scores = 2 * 4 * keys * queries * config.num_heads / tensor
     layer = question.tokens * width * (4 * config.hidden_size + 3 * config.intermediate_size / tensor)
@@ -80,6 +92,8 @@ def _training(question: Question) -> dict[str, float]:
     layer = sum(math.prod(spec.shape) for spec in all_specs(_one_layer(config))) / size["tensor"]
     wide = 3 * config.intermediate_size + 2 * config.num_heads * config.head_dim + 4 * config.hidden_size
     queries = math.gcd(question.seq, PackedAttentionReference.queries)
+    if _fused(question, "packed_attention"):
+        queries = 0
     scores = 3 * 4 * rows * config.num_heads / size["tensor"] * queries * question.seq / size["sequence"]
     logits = min(LOGITS_BYTES, 4 * tokens * config.vocab_size)
     table = config.vocab_size * config.hidden_size / size["tensor"]

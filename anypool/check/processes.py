@@ -100,7 +100,7 @@ def _watch(
     """Waits for a process, telling its stages; (why it was killed or None, its peak memory)."""
     peak, shown = 0, ""
     while process.poll() is None:
-        held = resident_bytes(process.pid)
+        held = sum(resident_bytes(pid) for pid in family(process.pid))
         peak = max(peak, held)
         known = _read(answer).get("stage", "starting")
         if known != shown:
@@ -115,6 +115,16 @@ def _watch(
         except subprocess.TimeoutExpired:
             continue
     return None, peak
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, as far as the system says (no /proc: itself)."""
+    found = [pid]
+    for parent in found:  # grows while it is read
+        with contextlib.suppress(OSError, ValueError):
+            for thread in Path(f"/proc/{parent}/task").iterdir():
+                found += [int(child) for child in (thread / "children").read_text().split()]
+    return found
 
 
 def resident_bytes(pid: int) -> int:

@@ -84,7 +84,7 @@ PREFILL_CHUNK = 512
 
 
 # What the process that compiles runs of this room; the rest only asks and judges.
-_COMPILING = ("child", "count", "gpu", "hlo", "jobs", "lint", "neuron_rules", "question", "stablehlo")
+_COMPILING = ("child", "count", "gpu", "hlo", "jobs", "lint", "neuron_rules", "neuronx", "question", "stablehlo")
 
 
 @cache
