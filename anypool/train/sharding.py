@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from anypool.models import ModelConfig
@@ -93,7 +94,13 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     if len(devices) != shape.devices:
         raise MeshError(f"the mesh {shape} has {shape.devices} devices, and there are {len(devices)}")
     names = tuple(f.name for f in fields(MeshShape))
-    return jax.make_mesh(astuple(shape), names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
+    types = (AxisType.Auto,) * len(names)
+    try:
+        return jax.make_mesh(astuple(shape), names, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # An axis that is no product of the torus's own, such as 4 of an 8x8x8, takes a part of one of them.
+        placed = mesh_utils.create_device_mesh(astuple(shape), devices, allow_split_physical_axes=True)
+        return Mesh(placed, names, axis_types=types)
 
 
 def single_device() -> Mesh:
