@@ -282,7 +282,7 @@ class Life:
 
 
 lives = st.builds(
-    Life, st.integers(0, 5), st.integers(0, 8), st.sets(st.integers(1, 8)), st.booleans(), st.integers(0, 3),
+    Life, st.integers(1, 5), st.integers(0, 8), st.sets(st.integers(1, 8)), st.booleans(), st.integers(0, 3),
     st.booleans(), st.integers(0, 9),
 )  # fmt: skip
 
