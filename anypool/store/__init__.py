@@ -3,6 +3,7 @@
 - `Store.open(url)`: get, put, create, upload, list of one store; `Entry`, `Uploaded` are what it gives;
 - `Leases`: who holds a run; `Lease`, `Holder`, `Heartbeat`;
 - `Manifest`, `ObjectRecord` with `commit`, `load` and `verify`: what makes a folder's objects one thing;
+- `mirror`: a folder's second copy in another store; `Mirrored` says what it did;
 - `claim`: `create` that knows its own work again after a lost answer;
 - `StoreUrlError`, `StoreKeyError`: a caller's mistakes (ValueError);
 - `StoreError` and below it `NotFoundError`, `ExistsError`, `StoreFullError`, `StoreReadOnlyError`, `StoreGoneError`,
@@ -24,6 +25,7 @@ from anypool.store.errors import (
 )
 from anypool.store.leases import Heartbeat, Holder, Lease, LeaseHeldError, LeaseLostError, Leases
 from anypool.store.manifest import CorruptObjectError, Manifest, ObjectRecord, commit, load, verify
+from anypool.store.mirror import Mirrored, mirror
 from anypool.store.sending import Uploaded
 from anypool.store.store import Entry, Store
 
@@ -38,6 +40,7 @@ __all__ = [
     "LeaseLostError",
     "Leases",
     "Manifest",
+    "Mirrored",
     "NotFoundError",
     "ObjectRecord",
     "Store",
@@ -51,5 +54,6 @@ __all__ = [
     "claim",
     "commit",
     "load",
+    "mirror",
     "verify",
 ]
