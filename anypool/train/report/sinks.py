@@ -57,11 +57,13 @@ class WandbSink:
     ) -> None:
         try:
             wandb = importlib.import_module("wandb")
-        except ImportError:
+            # Its folder of files, ./wandb, imports as a module of nothing where it is not installed.
+            start = wandb.init
+        except (ImportError, AttributeError):
             fix = "install the extra, `pip install anypool[wandb]` or `EXTRA=wandb make install`, or do not ask for it"
             raise TrainError(f"wandb = {project!r}: the package wandb is not installed: {fix}") from None
         try:
-            self._run = wandb.init(
+            self._run = start(
                 project=project,
                 id=run,
                 name=run,
