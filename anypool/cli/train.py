@@ -15,7 +15,7 @@ app.add_typer(runs, name="runs")
 app.add_typer(data, name="data")
 
 StoreOption = Annotated[
-    str, typer.Option("--store", help="Where the runs are: a folder, or an address such as s3://bucket/prefix.")
+    str, typer.Option("--store", help="Where `runs/` is: a folder, or an address such as s3://bucket/prefix.")
 ]
 
 
@@ -51,7 +51,7 @@ def train(
 
 
 @runs.command("list")
-def runs_list(store: StoreOption = "runs", format: FormatOption = Format.table) -> None:
+def runs_list(store: StoreOption = ".", format: FormatOption = Format.table) -> None:
     """Every run of a store: where it is, how far, what it cost."""
     import time
 
@@ -65,7 +65,7 @@ def runs_list(store: StoreOption = "runs", format: FormatOption = Format.table) 
 @runs.command("show")
 def runs_show(
     run: Annotated[str, typer.Argument(help="The run's name.", show_default=False)],
-    store: StoreOption = "runs",
+    store: StoreOption = ".",
     format: FormatOption = Format.table,
 ) -> None:
     """One run in full: its pools, every second and dollar, its checkpoints and what happened."""
@@ -82,7 +82,7 @@ def runs_show(
 def runs_plot(
     run: Annotated[list[str], typer.Argument(help="The run's name; several are drawn over each other.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="A .png or .svg file.")] = Path("run.png"),
-    store: StoreOption = "runs",
+    store: StoreOption = ".",
 ) -> None:
     """Draw loss, learning rate and speed over steps, with the pools a run was on and where it was taken over."""
     from anypool.train.report import plot_run

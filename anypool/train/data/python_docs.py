@@ -52,6 +52,7 @@ def write(kind: str, folder: Path) -> Path:
         / f"{kind}-{sys.version_info.major}.{sys.version_info.minor}-{blake3(made.encode()).hexdigest()[:12]}.jsonl"
     )
     if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
         if kind == "python-docs":
             write_lines(path, ({"text": text} for text in documents()))
         else:
