@@ -10,9 +10,9 @@ UNKNOWN = "n/a"
 
 def duration(seconds: float) -> str:
     """`8.2 s`, `3m 20s`, `5h 12m`, `3d 4h`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
     minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if hours == 0:
         return f"{minutes}m {whole % 60:02d}s"
