@@ -117,8 +117,7 @@ class Checkpoints:
         checkpoint: seed, position in the data, whatever the trainer needs.
 
         Waits for the save before; what that one raised is raised here, and this state is not saved. Raises
-        CheckpointError
-        for a state of another step.
+        CheckpointError for a state of another step.
         """
         if self._files is None:
             raise CheckpointError(
@@ -185,9 +184,9 @@ class Checkpoints:
         verify: Verify = "full",
         progress: Progress | None = None,
     ) -> State:
-        """The state of a checkpoint, with the shapes, dtypes and shardings of `abstract_state`
-        (`TrainStep.abstract_state`).
+        """The state of a checkpoint.
 
+        abstract_state: with the shapes, dtypes and shardings that it is to have (`TrainStep.abstract_state`).
         verify: "full" compares the hash of every file that this host needs anything of; "read" reads only the bytes
         that its devices need, and compares hashes of small files and sizes of all. progress(done_bytes, all_bytes).
 

@@ -26,8 +26,8 @@ _KEPT = (
 )
 _NOT_KEPT = ("*.index.json", names.RUN, names.MANIFEST, "part-*.json")
 
-# What a tokenizer or a server decides, not the weights.
-_MAY_DIFFER = {"bos_token_id", "eos_token_id", "max_position_embeddings"}
+# What a tokenizer or a server decides, not the weights; and what follows from use_sliding_window.
+_MAY_DIFFER = {"bos_token_id", "eos_token_id", "max_position_embeddings", "max_window_layers"}
 _ADAPTER_FIELDS = ("r", "lora_alpha", "target_modules")
 
 
