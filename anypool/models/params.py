@@ -188,4 +188,4 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def initial(tree: T, seed: int) -> T:
     """Fresh f32 values on the host."""
-    return each(tree, partial(Spec.initial, seed=seed))
+    return each(tree, lambda spec: spec.initial(seed))

@@ -11,21 +11,27 @@ On a mesh A is divided along its inputs and B along its outputs, as W is; the ra
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from anypool.models import ModelConfig
-from anypool.models.decoder import Decoder
-from anypool.models.params import Spec, each, generator
+from anypool.models.decoder import Decoder, Layer
+from anypool.models.params import Spec, each, generator, load, shapes
 from anypool.models.params import specs as model_specs
+from anypool.models.weights import Pending, write_safetensors
 from anypool.train.errors import TrainError
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -34,7 +40,26 @@ MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PREFIX = "base_model.model."
 """What PEFT writes before a module's name."""
 
-T = TypeVar("T")
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+_PLAIN = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "use_rslora": False,
+}
+"""What PEFT says of adapters such as ours."""
+_FOREIGN = (
+    "use_qalora", "use_bdlora", "lora_bias", "alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "arrow_config", "kasa_config",
+    "monteclora_config", "velora_config",
+)  # fmt: skip
+"""Fields of PEFT's configuration that, if set, make another adapter of it."""
+_INITIAL = (True, False, "gaussian", "orthogonal")
+"""First values that leave the base as it is."""
 
 
 @dataclass(frozen=True)
@@ -192,3 +217,86 @@ class LoraLinear:
         (low,) = self.inner.apply(x_D, weight.a)
         (high,) = self.inner.apply(low, weight.b)
         return jnp.asarray(self.scale * high, x_D.dtype)
+
+
+def adapter_config(lora: LoraConfig, base: str) -> dict[str, Any]:
+    """What goes into PEFT's adapter_config.json. base: name or directory of the model that the adapter belongs to."""
+    return _PLAIN | {
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if float(lora.alpha).is_integer() else lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(lora.modules),
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def save_adapter(directory: Path, model: ModelConfig, lora: LoraConfig, adapters: Decoder, base: str) -> None:
+    """Writes the files that PEFT reads into a directory, which is made. adapters: a tree of either form."""
+    stacked = isinstance(adapters.layers, Layer)
+    tensors: list[Pending] = []
+
+    def add(spec: Spec, array: Any) -> None:
+        values = np.asarray(array)
+        for one, part in zip(spec.members, values, strict=True) if spec.members else ((spec, values),):
+            tensors.append(Pending(one.name, part.dtype, part.shape, partial(np.asarray, part)))
+
+    jax.tree.map(add, specs(model, lora, stacked), adapters, is_leaf=lambda leaf: isinstance(leaf, Spec))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_safetensors(directory / WEIGHTS_FILE, tensors)
+    text = json.dumps(adapter_config(lora, base), indent=2)
+    (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def load_adapter(directory: Path, model: ModelConfig, stacked: bool = False) -> tuple[LoraConfig, Decoder]:
+    """An adapter that we or PEFT saved, and its f32 values on the host. Dropout that it was trained with is left out.
+
+    Raises TrainError for files that are missing or damaged, for another kind of adapter, and for one that does not fit
+    the model.
+    """
+    told = _read_config(directory / CONFIG_FILE)
+    file = directory / WEIGHTS_FILE
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise TrainError(f"{file} cannot be read ({error}); save the adapter again, as safetensors") from error
+    adapted = {name.rpartition(".lora_A.")[0].rpartition(".")[2] for name in tensors}
+    modules = tuple(name for name in MODULES if name in adapted)
+    if not modules:
+        raise TrainError(f"{file} adapts none of {', '.join(MODULES)}; there is nothing to load")
+    try:
+        lora = LoraConfig(told["r"], told["lora_alpha"], modules)
+    except (KeyError, TypeError, TrainError) as error:
+        raise TrainError(f"{directory / CONFIG_FILE}: r and lora_alpha must be numbers above 0 ({error!r})") from error
+    tree = specs(model, lora, stacked)
+    expected, found = shapes(tree), {name: array.shape for name, array in tensors.items()}
+    if expected != found:
+        name = min(expected.items() ^ found.items())[0]
+        raise TrainError(
+            f"{file} does not fit: {name} is {found.get(name, 'missing')}, and of rank {lora.rank} beside "
+            f"{', '.join(modules)} of every layer it is {expected.get(name, 'not known')}; is it of another model, "
+            "or of some layers only?"
+        )
+    return lora, load(tree, tensors, lambda spec, array: np.asarray(array, np.float32))
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainError(f"{file} cannot be read ({error}); save the adapter again with PEFT") from error
+    if not isinstance(told, dict):
+        raise TrainError(f"{file} is no object of settings; save the adapter again with PEFT")
+    for name, plain in _PLAIN.items():
+        if told.get(name, plain) != plain:
+            raise TrainError(f"{file}: {name} is {told[name]!r}, and only {plain!r} is supported; merge it with PEFT")
+    for name in _FOREIGN:
+        if told.get(name):
+            raise TrainError(f"{file}: {name} is {told[name]!r}, which is not supported; merge it with PEFT")
+    if told.get("init_lora_weights", True) not in _INITIAL:
+        raise TrainError(
+            f"{file}: init_lora_weights is {told['init_lora_weights']!r}, which changes the base; convert the adapter "
+            "with save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    return told

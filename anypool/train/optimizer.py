@@ -188,9 +188,15 @@ def _adam(
 
 
 def _muon(config: OptimizerConfig, step: Array, gradient: Array, mu: Array, made: Array) -> tuple[Array, Array]:
+    beta = config.momentum
+    mu = jnp.where(made, optax.tree.update_moment(gradient, mu, beta, 1), mu)
+    # Nesterov's look ahead, as optax has it.
+    ahead = optax.tree.bias_correction(mu, beta, step + 2)
+    ahead = beta * ahead + (1 - beta) * optax.tree.bias_correction(gradient, beta, step + 1)
     # Weights are (out, in); what precedes is a stack of layers, each made orthogonal by itself.
     axes = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
-    rule = scale_by_muon(MUON_COEFFICIENTS, beta=config.momentum, weight_dimension_numbers=axes)
-    state = MuonState(count=step, mu=mu, ns_coeffs=jnp.asarray(MUON_COEFFICIENTS))
-    direction, after = rule.update(gradient, state)
-    return direction * (MUON_UPDATE_RMS * max(gradient.shape[-2:]) ** 0.5), jnp.where(made, after.mu, mu)
+    # Without momentum of its own, which is above.
+    rule = scale_by_muon(MUON_COEFFICIENTS, beta=0.0, nesterov=False, weight_dimension_numbers=axes)
+    state = MuonState(count=step, mu=ahead, ns_coeffs=jnp.asarray(MUON_COEFFICIENTS))
+    direction, _ = rule.update(ahead, state)
+    return direction * (MUON_UPDATE_RMS * max(gradient.shape[-2:]) ** 0.5), mu

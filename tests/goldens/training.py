@@ -42,3 +42,32 @@ def answers(step: int) -> np.ndarray:
 def _bits(name: str, count: int) -> np.ndarray:
     seed = int.from_bytes(name.encode(), "little")
     return np.asarray(np.random.Philox(np.random.SeedSequence(seed)).random_raw(count))
+
+
+LORA: dict[str, dict[str, Any]] = {
+    "all": {
+        "rank": 4,
+        "alpha": 8.0,
+        "modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
+    "attention": {"rank": 2, "alpha": 3.0, "modules": ["q_proj", "v_proj"]},
+}
+"""The runs with adapters. They have `RUN`'s settings, but for what is here."""
+LORA_RUN: dict[str, Any] = RUN | {"steps": 20, "learning_rate": 1e-2}
+
+
+def adapter(name: str) -> dict[str, np.ndarray]:
+    """The adapter that a run with LoRA begins with, f32, by PEFT's names. B is not zero, so that A has a gradient."""
+    settings, tensors = LORA[name], {}
+    for full, weight in tiny.tensors(VARIANT).items():
+        module = full.removesuffix(".weight")
+        if module.split(".")[-1] in settings["modules"]:
+            outputs, inputs = weight.shape
+            for half, shape in (("lora_A", (settings["rank"], inputs)), ("lora_B", (outputs, settings["rank"]))):
+                bits = _bits(f"lora/{name}/{module}/{half}", shape[0] * shape[1]) >> np.uint64(40)
+                uniform = bits.astype(np.float64) / 2**24 * 2 - 1
+                bound = inputs**-0.5 if half == "lora_A" else 0.05
+                tensors[f"base_model.model.{module}.{half}.weight"] = (
+                    (uniform * bound).astype(np.float32).reshape(shape)
+                )
+    return tensors

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from anypool.models.decoder import Decoder
 from anypool.models.params import all_specs, each, initial, specs
 from anypool.train import OptimizerConfig, Schedule, TrainError
-from anypool.train.optimizer import moments, update
+from anypool.train.optimizer import MUON_COEFFICIENTS, moments, update
 from tests.train.conftest import MODEL
 
 TREE = specs(Decoder, MODEL, stacked=True)
@@ -42,6 +43,18 @@ def test_adamw_is_the_formula():
             direction = (m / (1 - 0.9**i)) / (np.sqrt(v / (1 - 0.95**i)) + config.eps)
             decay = 0.0 if "norm" in name else 0.1
             np.testing.assert_allclose(after, before - 0.01 * (direction + decay * before), rtol=1e-5, atol=1e-6)
+
+
+def test_muon_is_optax_muon():
+    found, config = updates("muon", weight_decay=0.0)
+    steps = found["model.layers.{i}.mlp.down_proj.weight"]
+    axes = MuonDimensionNumbers(reduction_axis=-1, output_axis=-2)
+    rule = scale_by_muon(MUON_COEFFICIENTS, beta=config.momentum, weight_dimension_numbers=axes)
+    state = rule.init(jnp.zeros(steps[0][0].shape))
+    for before, gradient, after in steps:
+        direction, state = rule.update(jnp.asarray(gradient), state)
+        expected = 0.01 * 0.2 * np.sqrt(48) * np.asarray(direction)
+        np.testing.assert_allclose(before - after, expected, atol=1e-4 * np.abs(expected).max())
 
 
 def test_muon_turns_layer_matrices_and_leaves_the_rest_to_adamw():

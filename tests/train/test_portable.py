@@ -5,12 +5,14 @@ from functools import cache
 
 import pytest
 
+from anypool.train import LoraConfig
 from tests.ops.portable import FORBIDDEN
 from tests.train.conftest import one_device, step_config
 
 STEPS = {
     "adamw": step_config(compute_dtype="bfloat16", remat="attention"),
     "muon": step_config(kind="muon", compute_dtype="bfloat16"),
+    "lora": step_config(compute_dtype="bfloat16", lora=LoraConfig(rank=4)),
     "unrolled": step_config(compute_dtype="bfloat16", layers="unrolled", remat="projections"),
 }
 
@@ -38,8 +40,9 @@ def test_loops_have_a_constant_number_of_rounds(name):
     )
 
 
-def test_a_bf16_step_multiplies_bf16():
+@pytest.mark.parametrize("name", ["adamw", "lora"])
+def test_a_bf16_step_multiplies_bf16(name):
     """Products of f32 would run at a fraction of the speed; only Muon's are meant."""
-    products = [line for line in text("adamw").splitlines() if "stablehlo.dot_general" in line]
+    products = [line for line in text(name).splitlines() if "stablehlo.dot_general" in line]
     assert len(products) > 20
     assert all(re.search(r"\(tensor<[^>]*bf16>, tensor<[^>]*bf16>\)", line) for line in products)

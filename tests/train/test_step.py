@@ -9,7 +9,8 @@ import pytest
 
 from anypool.models.decoder import Decoder
 from anypool.models.params import all_specs, initial, specs, stack, unstack
-from anypool.train import Batch, TrainError
+from anypool.ops.kernels import reference
+from anypool.train import Batch, TrainError, TrainStep, single_device
 from anypool.train.remat import KEPT, kept_bytes_per_token
 from tests.train import numpy_model
 from tests.train.conftest import MODEL, assert_close, first_state, one_device, packed_rows, step_config
@@ -136,6 +137,55 @@ def test_the_state_is_donated_and_the_callers_arrays_are_not():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(mine))
 
 
+def host(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def assert_same_bits(ours, theirs):
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(host(ours), host(theirs), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_bad_step_is_skipped_and_changes_no_bit(kind):
+    class Counted(TrainStep):
+        def run(self, *arguments):
+            traced.append(arguments)
+            return super().run(*arguments)
+
+    config = step_config(kind=kind)
+    traced, step = [], Counted(config, single_device(), reference())
+    good, other = (Batch.from_rows(**packed_rows(seed=seed)) for seed in (0, 1))
+    state, first = step(first_state(config), good)
+    assert float(first.skipped) == 0
+    before, norm = host(state), float(first.gradient_norm)
+    bad = {
+        "a loss that is not a number": (replace(good, weights=np.where(good.weights > 0, np.nan, 0)), np.inf),
+        "an infinite loss": (replace(good, weights=good.weights * np.float32(3e38)), np.inf),
+        "a gradient above the limit": (good, 1e-3 * norm),
+        "no limit but a broken one": (good, np.nan),
+    }
+    for i, (what, (batch, limit)) in enumerate(bad.items(), 2):
+        state, metrics = step(state, batch, limit)
+        assert float(metrics.skipped) == 1, what
+        assert int(state.step) == i
+        assert_same_bits(host((state.params, state.moments)), before[1:])
+    counted = int(state.step)
+    state, metrics = step(state, other, 100 * norm)
+    assert float(metrics.skipped) == 0
+    assert len(traced) == 1  # a new limit compiles nothing
+    # As if the steps before had been made: only the count is another.
+    again = jax.tree.unflatten(jax.tree.structure(state), [jnp.asarray(a) for a in [np.int32(counted), *before[1:]]])
+    assert_same_bits(step(again, other)[0], state)
+
+
+def test_a_broken_parameter_skips_every_step():
+    config = unclipped()
+    state = first_state(config)
+    state = replace(state, params=replace(state.params, norm=state.params.norm.at[3].set(jnp.inf)))
+    _, metrics = one_device(config)(state, Batch.from_rows(**packed_rows()))
+    assert float(metrics.skipped) == 1
+
+
 def test_losses_without_gradient(expected):
     config = unclipped()
     batch = Batch.from_rows(**packed_rows(), micro_batches=2)
@@ -151,6 +201,14 @@ def test_a_batch_with_nothing_to_learn_gives_no_gradient():
     bar, metrics = gradients(Batch.from_rows(**rows | {"learned_RT": np.zeros_like(rows["learned_RT"])}))
     assert float(metrics.tokens) == float(metrics.loss) == float(metrics.gradient_norm) == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(bar))
+
+
+def test_a_batch_of_padding_alone_gives_numbers():
+    rows = {name: np.zeros((8, 32), np.int64) for name in ("tokens_RT", "segments_RT")}
+    config = unclipped()
+    state, metrics = one_device(config)(first_state(config), Batch.from_rows(**rows))
+    assert float(metrics.tokens) == float(metrics.loss) == float(metrics.gradient_norm) == float(metrics.skipped) == 0
+    assert all(np.isfinite(leaf).all() for leaf in host(state))
 
 
 @pytest.mark.parametrize(
