@@ -22,8 +22,9 @@ class Progress:
     """A bar and one line of figures on a terminal; elsewhere a plain line every `line_seconds`.
 
     Fed with the heartbeat's fields: step, total_steps, loss, eval_loss, learning_rate, tokens, tokens_per_second, mfu,
-    seconds_left, usd, pool, epoch, phase, last_commit_step, gradient_norm, skipped. Any may be missing or None: those
-    that were known keep their value while the run is on the same epoch. Use it as a context, or call `close`.
+    seconds_left, usd, pool, epoch, phase, last_commit_step, gradient_norm, skipped. A field that is missing keeps its
+    value while the run is on the same epoch; one that is None has none, as a loss that is not finite. Use it as
+    a context, or call `close`.
     """
 
     def __init__(
@@ -54,13 +55,15 @@ class Progress:
 
     def update(self, known: Mapping[str, Any]) -> None:
         """Shows what is known now. A new epoch, the first step and the last one get a line at once."""
-        news = {name: value for name, value in known.items() if value is not None}
+        news = dict(known)
+        if news.get("total_steps") is None:
+            news.pop("total_steps", None)
         before = self._known
-        moved = "epoch" in before and news.get("epoch", before["epoch"]) != before["epoch"]
+        moved = "epoch" in before and news.get("epoch") not in (None, before["epoch"])
         if moved:
             # Speed and time left are of the pool that was lost.
             before = {name: value for name, value in before.items() if name in _OUTLIVES_AN_EPOCH}
-        self._known = before | news
+        self._known = {name: value for name, value in (before | news).items() if value is not None}
         if self._live is not None:
             self._live.update(Group(self._bar(), Text(describe(self._known, skip=("step", "left")), no_wrap=True)))
             return
@@ -107,6 +110,8 @@ def describe(known: Mapping[str, Any], skip: tuple[str, ...] = ()) -> str:
     for name, title, write in _FIGURES:
         if known.get(name) is not None:
             parts.append((name, f"{title}{write(known[name])}"))
+        elif name == "loss" and known.get("step") is not None:
+            parts.append((name, f"loss {UNKNOWN}"))
     if known.get("tokens_per_second") is not None:
         parts.append(("mfu", f"MFU {share(known.get('mfu'))}"))
     if known.get("seconds_left") is not None:

@@ -261,7 +261,7 @@ def _summary_or_problem(store: Store, name: str, now: float, ttl_seconds: float)
     try:
         place = store.at(f"runs/{name}")
         record = read_run(place, metrics=False)
-        if record.epochs and "loss" not in facts_of(record.epochs[-1]):
+        if record.epochs and _newest(facts_of(record.epochs[-1]), "loss") is None:
             record = read_run(place)
         told = account(record, now_ns=round(now * 1e9), ttl_seconds=ttl_seconds)
         return summary(name, record, told, now, ttl_seconds)

@@ -14,6 +14,7 @@ from anypool.train.report.figures import UNKNOWN, ago, duration, loss, moment, s
 from anypool.train.report.ledger import CATEGORIES, OVERLAP, Account, Cost
 from anypool.train.report.runs import Shown, Summary
 
+_PIPED_WIDTH = 160
 _COLOURS = {"running": "green", "finished": "cyan", "lost": "red", "unreadable": "red", "new": "dim", "stopped": ""}
 
 
@@ -22,6 +23,7 @@ def print_runs(summaries: Sequence[Summary], format: str, console: Console, now:
     if format == "json":
         _print_json({"runs": [summary.as_json() for summary in summaries]}, console)
         return
+    console = _roomy(console)
     table = _table("run", "state", ">step", ">loss", ">eval loss", ">goodput", ">cost", "updated")
     for summary in summaries:
         table.add_row(
@@ -45,7 +47,7 @@ def print_shown(shown: Shown, format: str, console: Console, now: float) -> None
     if format == "json":
         _print_json(shown.as_json(), console)
         return
-    console.print(Group(*_parts(shown, now)))
+    _roomy(console).print(Group(*_parts(shown, now)))
 
 
 def ledger_table(account: Account) -> Table:
@@ -141,8 +143,20 @@ def _table(*columns: str) -> Table:
     """Columns whose names begin with > are set to the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        if column.startswith(">"):
+            table.add_column(column[1:], justify="right", no_wrap=True)
+        else:
+            table.add_column(column, overflow="fold")
     return table
+
+
+def _roomy(console: Console) -> Console:
+    """Where no terminal bounds a line, in a file or a pipe, none is broken for its sake."""
+    return (
+        console
+        if console.is_terminal or console.width >= _PIPED_WIDTH
+        else Console(file=console.file, width=_PIPED_WIDTH)
+    )
 
 
 def _print_json(data: dict[str, Any], console: Console) -> None:

@@ -65,11 +65,15 @@ def test_a_new_epoch_and_the_last_step_get_a_line_at_once():
     assert third.startswith("step 5,000/5,000  loss 2.3123")
 
 
-def test_a_field_that_is_none_keeps_what_was_known():
+def test_a_field_that_is_missing_keeps_its_value_and_one_that_is_none_has_none():
     progress, out = lines_of(line_seconds=0)
     progress.update(KNOWN)
-    progress.update({"step": 1201, "loss": None, "mfu": None})
-    assert out.getvalue().splitlines()[1].startswith("step 1,201/5,000  loss 2.3123")
+    progress.update({"step": 1201})
+    progress.update({"step": 1202, "loss": None, "mfu": None, "total_steps": None})
+    kept, gone = out.getvalue().splitlines()[1:]
+    assert kept.startswith("step 1,201/5,000  loss 2.3123")
+    assert gone.startswith("step 1,202/5,000  loss n/a  eval 2.4000")
+    assert "MFU n/a" in gone
     progress.close()
 
 
