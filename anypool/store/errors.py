@@ -49,8 +49,6 @@ class StoreGoneError(StoreError):
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS}
 _GONE = {
-    errno.EACCES,
-    errno.EPERM,
     errno.EIO,
     errno.ENXIO,
     errno.ENODEV,
@@ -108,7 +106,8 @@ def translate(error: BaseException, *, store: str, key: str, writing: bool) -> S
         if writing:
             return told(StoreGoneError, "the place to write to is not there; check that the store still exists")
         return NotFoundError(f"{place}: no such object; list the store to see what it holds", store=store, key=key)
-    if isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError, PermissionError)):
+    refused = isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError))
+    if refused or number in (errno.EACCES, errno.EPERM):
         return told(StoreGoneError, "permission denied; check the credentials or the folder's owner")
     if number in (errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY):
         return told(StoreError, "no object can stand below another, nor where others stand below; rename one")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -54,16 +56,19 @@ class Folder:
         self.url = f"file://{path}"
         self._store: LocalStore | None = None
         self._lock = threading.Lock()
-        if path.exists() and not path.is_dir():
-            raise StoreUrlError(f"store {str(path)!r} is a file; name a folder")
-        if path.is_dir():
+        with suppress(OSError):  # told by the first use, as it would be if it came later
+            for part in (path, *path.parents):
+                if part.exists():
+                    if not part.is_dir():
+                        raise StoreUrlError(f"store {str(path)!r}: {str(part)!r} is a file; name a folder")
+                    break
             self.native(writing=False)
 
     def native(self, *, writing: bool) -> ObjectStore | None:
         # obstore would silently make a vanished root again, on whatever disk is below an unmounted one.
         with self._lock:
             try:
-                if self.path.is_dir():
+                if self._is_there():
                     # automatic_cleanup: a folder whose last object is deleted is no folder, as in a bucket.
                     self._store = self._store or LocalStore(self.path, automatic_cleanup=True)
                     return self._store
@@ -76,6 +81,13 @@ class Folder:
                 return self._store
             except (OSError, exceptions.BaseError) as error:
                 raise translate(error, store=self.url, key="", writing=True) from error
+
+    def _is_there(self) -> bool:
+        # Path.is_dir() says False also where it may not look.
+        try:
+            return stat.S_ISDIR(self.path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def sweep(self, prefix: str, older_than_seconds: float) -> list[str]:
         """Delete what killed writers left behind: obstore stages a write to KEY in a file named KEY#N beside it."""

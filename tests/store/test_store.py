@@ -269,8 +269,9 @@ def test_addresses_that_name_no_store(url, message, monkeypatch):
 
 def test_a_file_is_no_store(tmp_path):
     (tmp_path / "x").write_text("")
-    with pytest.raises(StoreUrlError, match="x' is a file; name a folder"):
-        Store.open(str(tmp_path / "x"))
+    for path in (tmp_path / "x", tmp_path / "x" / "y" / "z"):
+        with pytest.raises(StoreUrlError, match=f"store '{path}': '{tmp_path / 'x'}' is a file; name a folder"):
+            Store.open(str(path))
 
 
 def test_paths_become_whole(tmp_path, monkeypatch):
