@@ -10,7 +10,7 @@ from typing import Any
 
 from anypool.train.report.lines import PoolFacts
 from anypool.train.report.rates import peak_flops
-from anypool.train.report.reading import Epoch, RunRecord, last_kept, redone
+from anypool.train.report.reading import Epoch, RunRecord, last_kept
 
 CATEGORIES = (
     "compute",
@@ -232,7 +232,6 @@ def _intervals(epoch: Epoch, limit: float, *, running: bool) -> Iterator[_Interv
     Compute up to the end of a step is the step's. What follows the last step is in progress if the trainer runs, and
     lost if it does not.
     """
-    again = redone(epoch)
     cursor = epoch.started_ns
     pending: list[_Interval] = []
     for place, line in enumerate(epoch.times):
@@ -247,7 +246,7 @@ def _intervals(epoch: Epoch, limit: float, *, running: bool) -> Iterator[_Interv
                     yield first, last, phase
                 cursor = last
         if line.step is not None:
-            counts = line.step <= limit and place not in again
+            counts = line.step <= limit and place not in epoch.redone
             yield from pending if counts else _lost(pending)
             pending = []
     yield from pending if running else _lost(pending)
@@ -275,13 +274,12 @@ def _cover(intervals: list[_Interval], begin: int, end: int) -> Iterator[_Interv
 
 def _count(entry: PoolAccount, epoch: Epoch, limit: float) -> None:
     """Steps and tokens, and what the model's FLOPs were measured against."""
-    again = redone(epoch)
     tokens = compute_ns = compute_of_step_ns = 0
     for place, line in enumerate(epoch.times):
         compute_of_step_ns += sum(length for phase, length in line.spans if phase == "compute")
         if line.step is None:
             continue
-        if line.step <= limit and place not in again:
+        if line.step <= limit and place not in epoch.redone:
             tokens += line.tokens
             compute_ns += compute_of_step_ns
             entry.steps += 1

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from anypool.store import NotFoundError, Store
@@ -76,7 +78,7 @@ class Epoch:
         firsts += [self.holding.since_ns] if self.holding else []
         return min(firsts)
 
-    @property
+    @cached_property
     def last_line_ns(self) -> int:
         """Up to when its lines say what it did."""
         ends = [self.started_ns, *(time.end_ns for time in self.times), *(event.at_ns for event in self.events)]
@@ -99,10 +101,19 @@ class Epoch:
             return self.holding.released
         return self.ended.reason if self.ended else None
 
-    @property
+    @cached_property
     def steps(self) -> tuple[int, ...]:
         """As its ledger has them, in order."""
         return tuple(time.step for time in self.times if time.step is not None)
+
+    @cached_property
+    def redone(self) -> frozenset[int]:
+        """Places in `times` of steps that this same trainer made again later."""
+        if all(later > earlier for earlier, later in pairwise(self.steps)):
+            return frozenset()
+        made = [(place, time.step) for place, time in enumerate(self.times) if time.step is not None]
+        left = {place for place, _ in _not_redone(made, lambda entry: entry[1], lambda _: True)}
+        return frozenset(place for place, _ in made if place not in left)
 
 
 @dataclass(frozen=True)
@@ -251,13 +262,6 @@ def _not_redone(lines: list[_T], step: Callable[[_T], int | None], moves: Callab
         if number is not None and moves(line):
             limit = min(limit, number)
     return found[::-1]
-
-
-def redone(epoch: Epoch) -> set[int]:
-    """Places in `epoch.times` of steps that the same trainer made again later."""
-    places = list(enumerate(epoch.times))
-    left = {place for place, _ in _not_redone(places, lambda entry: entry[1].step, lambda _: True)}
-    return {place for place, time in places if time.step is not None and place not in left}
 
 
 def _order(line: MetricsLine) -> tuple[int, float]:

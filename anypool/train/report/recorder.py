@@ -175,7 +175,7 @@ class Recorder:
                 self._known["eval_loss"] = values["eval_loss"]
         self._tell_sinks("evaluation", line)
 
-    def event(self, kind: str, **facts: Any) -> None:
+    def event(self, kind: str, /, **facts: Any) -> None:
         """Something that happened. "commit" (with `step`) and "skipped" also move what the heartbeat shows.
 
         A commit is written soon after, by the thread: which of the time before it counts depends on it.

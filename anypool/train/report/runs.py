@@ -99,7 +99,7 @@ class Shown:
             "account": self.account.as_json(),
             "checkpoints": [dict(vars(checkpoint)) for checkpoint in self.checkpoints],
             "events": [
-                {"epoch": epoch, "at": event.at_ns / 1e9, "kind": event.name, **event.facts}
+                {"epoch": epoch, "at": event.at_ns / 1e9, "kind": event.name, "facts": event.facts}
                 for epoch, event in self.events
             ],
             "problems": list(self.problems),

@@ -97,7 +97,9 @@ def test_a_run_in_full_as_a_table_and_as_json(store, moved):
     assert told["account"]["seconds"]["detect"] == 40
     assert told["account"]["goodput"] == pytest.approx(200 / 254)
     assert [stay["pool"] for stay in told["epochs"]] == ["h100-eu", "v6e-east"]
-    assert told["events"][0]["kind"] == "commit"
+    assert {name: told["events"][0][name] for name in ("epoch", "kind", "facts")} == {
+        "epoch": 1, "kind": "commit", "facts": {"step": 10},
+    }  # fmt: skip
 
 
 def test_the_list_has_every_state(store, moved, clock):
