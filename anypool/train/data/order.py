@@ -1,6 +1,7 @@
 """Which rows a step learns from: a function of seed and step, with no state.
 
-So a run goes on from its step number alone, wherever it is and on however many hosts.
+So a run goes on from its step number alone, wherever it is and on however many hosts. All of it is integer arithmetic
+of our own, so that no library's next version changes what a run sees.
 """
 
 from __future__ import annotations
@@ -8,13 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
 
-import grain
+import numpy as np
 from blake3 import blake3
 
 from anypool.train.data.errors import DataError
 from anypool.train.data.rows import Rows, RowStore, SampleId, gather
+
+ROUNDS = 64
+"""Of the shuffle. Each moves half of the elements to anywhere, so nothing is left of the order after so many."""
+
+# Odd numbers without a pattern: those of SplitMix64 (Steele, Lea and Flood 2014).
+_MULTIPLY_BY = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9], np.uint64)
+_HALF, _HIGHEST = np.uint64(32), np.uint64(2**63)
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
@@ -43,6 +50,24 @@ def drawn(sample: int, shares: Sequence[int]) -> tuple[int, int]:
     raise AssertionError("the last dataset takes all that is left")
 
 
+def shuffled(places: np.ndarray, size: int, key: str) -> np.ndarray:
+    """What stands at `places`, int64 from 0 to below `size`, when 0 ... size - 1 are shuffled.
+
+    The swap-or-not shuffle (Hoang, Morris and Rogaway 2012): in each round every element has a partner, and a random
+    bit of the pair says whether they change places. It needs no memory, whatever the size, and gives every order.
+    """
+    keys = np.frombuffer(blake3(key.encode()).digest(16 * ROUNDS), "<u8").reshape(2, ROUNDS)
+    n, x = np.uint64(size), places.astype(np.uint64)
+    for pivot, salt in zip(keys[0] % n + n, keys[1], strict=True):
+        partner = (pivot - x) % n
+        # The bit is the highest of a hash of the pair; each multiplication carries every bit of it upwards.
+        hash = np.maximum(x, partner) * _MULTIPLY_BY[0] ^ salt
+        hash ^= hash >> _HALF
+        hash *= _MULTIPLY_BY[1]
+        np.copyto(x, partner, where=hash >= _HIGHEST)
+    return x.astype(np.int64)
+
+
 class Mixture:
     """Datasets mixed by weight, each shuffled anew whenever all of its rows were seen."""
 
@@ -67,13 +92,24 @@ class Mixture:
         self.rows = rows
         self._stores = [store for store, _ in parts]
         self._shares = shares([weight for _, weight in parts])
-        self._orders = [_order(store, seed) for store in self._stores]
+        self._seed = seed
 
-    def sample(self, number: int) -> tuple[RowStore, SampleId]:
-        """Sample `number` of the run, from 0: step s has those from s * rows on."""
-        index, nth = drawn(number, self._shares)
-        store = self._stores[index]
-        return store, SampleId(store.name, int(self._orders[index][nth]), nth // len(store))
+    def samples(self, numbers: Sequence[int]) -> list[tuple[RowStore, SampleId]]:
+        """Samples of the run by their number, from 0: step s has `rows` of them from s * rows on."""
+        by_pass: dict[tuple[int, int], list[tuple[int, int]]] = {}  # dataset and pass -> place here, place in the pass
+        for place, number in enumerate(numbers):
+            index, nth = drawn(number, self._shares)
+            passed, within = divmod(nth, len(self._stores[index]))
+            by_pass.setdefault((index, passed), []).append((place, within))
+        found: dict[int, tuple[RowStore, SampleId]] = {}
+        for (index, passed), places in by_pass.items():
+            store = self._stores[index]
+            # The dataset's own shuffle, so that another dataset beside it changes nothing.
+            key = f"{self._seed}/{passed}/{store.name}"
+            rows = shuffled(np.asarray([within for _, within in places], np.int64), len(store), key)
+            for (place, _), row in zip(places, rows.tolist(), strict=True):
+                found[place] = store, SampleId(store.name, row, passed)
+        return [found[place] for place in range(len(numbers))]
 
     def rows_at(self, step: int, part: slice | None = None) -> Rows:
         """The rows of a step, from 0. part: which of them this host needs; only those are read.
@@ -81,10 +117,4 @@ class Mixture:
         Raises DataError if a row cannot be read.
         """
         chosen = range(step * self.rows, (step + 1) * self.rows)[part or slice(None)]
-        return gather([self.sample(number) for number in chosen], len(chosen))
-
-
-def _order(store: RowStore, seed: int) -> Any:
-    """Endless: draw number -> row. The seed is the dataset's own, so that another dataset beside it changes nothing."""
-    own = int.from_bytes(blake3(f"{seed}/{store.name}".encode()).digest(4), "little")
-    return grain.MapDataset.range(len(store)).seed(own).shuffle().repeat()
+        return gather(self.samples(chosen), len(chosen), self._stores[0].sequence_length)

@@ -18,6 +18,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +83,9 @@ def write_lines(path: Path, records: Iterator[dict[str, Any]]) -> int:
 
 def documents() -> Iterator[str]:
     """One text for each help topic, and one for each module with all that it documents."""
-    yield from (text.strip() + "\n" for _, text in sorted(_topics().items()))
-    for module in _modules():
+    # Some topics have two names.
+    yield from dict.fromkeys(text.strip() + "\n" for _, text in sorted(_topics().items()))
+    for module in _modules(Path(sysconfig.get_path("stdlib"))):
         parts = []
         for entry in module:
             head = f"module {entry.name}" if entry.kind == "module" else entry.call or f"{entry.kind} {entry.name}"
@@ -94,7 +96,7 @@ def documents() -> Iterator[str]:
 def conversations() -> Iterator[list[dict[str, str]]]:
     """Messages of a user who asks what something is for, and sometimes how it is called, and of one who knows."""
     seen = set()
-    for entry in (entry for module in _modules() for entry in module):
+    for entry in (entry for module in _modules(Path(sysconfig.get_path("stdlib"))) for entry in module):
         answer = " ".join(entry.text.split("\n\n")[0].split())
         if len(answer) < _SHORTEST_ANSWER or entry.name in seen or entry.name.rpartition(".")[2].startswith("_"):
             continue
@@ -126,11 +128,10 @@ def _topics() -> dict[str, str]:
     return {}
 
 
-def _modules() -> Iterator[list[Entry]]:
+@cache
+def _modules(root: Path) -> list[list[Entry]]:
     """What each module documents, in the order of the file; modules by name, and the built-in types before them."""
-    yield list(_builtins())
-    root = Path(sysconfig.get_path("stdlib"))
-    files = []
+    modules, files = [list(_builtins())], []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in _LEFT_OUT and not name.startswith("config-")]
         files += [
@@ -143,9 +144,8 @@ def _modules() -> Iterator[list[Entry]]:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
             continue
-        entries = list(_entries(tree, name, "module"))
-        if entries:
-            yield entries
+        modules.append(list(_entries(tree, name, "module")))
+    return [module for module in modules if module]
 
 
 def _entries(

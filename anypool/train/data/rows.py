@@ -118,12 +118,12 @@ class RowStore:
         """
         for first in range(0, len(self), rows):
             chosen = range(first, first + rows)[part or slice(None)]
-            yield gather([(self, SampleId(self.name, row, 0)) for row in chosen if row < len(self)], len(chosen))
+            samples = [(self, SampleId(self.name, row, 0)) for row in chosen if row < len(self)]
+            yield gather(samples, len(chosen), self.sequence_length)
 
 
-def gather(samples: Sequence[tuple[RowStore, SampleId]], count: int) -> Rows:
-    """Reads rows, and adds empty ones up to `count`. All stores have one sequence length."""
-    length = samples[0][0].sequence_length if samples else 0
+def gather(samples: Sequence[tuple[RowStore, SampleId]], count: int, length: int) -> Rows:
+    """Reads rows of `length` tokens, and adds empty ones up to `count`."""
     rows = Rows(
         np.zeros((count, length), np.int32),
         np.zeros((count, length), np.int32),
