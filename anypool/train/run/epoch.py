@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -105,12 +106,18 @@ class Epoch:
         with self.recorder.phase("data"):
             training, held_out = prepare_texts(self.file, self.model, self.model_folder)
         step = make_step(self.file, self.pool, self.model)
+        began = time.perf_counter()
         with self.recorder.phase("restore"):
             saver = self._saver()
             state, base = self._restore(saver, step)
             if self.leads:
                 self.leases.set_base(self.lease, None if base is None else Path(base.folder).name)
-        self.say("restored", step=0 if base is None else base.step, folder=base and base.folder)
+        self.say(
+            "restored",
+            step=0 if base is None else base.step,
+            folder=base and base.folder,
+            seconds=time.perf_counter() - began,
+        )
         inputs = Inputs(
             file=self.file,
             pool=self.pool,
@@ -171,6 +178,7 @@ class Epoch:
     def _late(self, step: int) -> dict[str, Any]:
         """What the manifest of a checkpoint says of the step after it."""
         recorded = self.probe.wait(step)
+        self.recorder.flush()  # what a checkpoint rests on is in the store before it
         return {} if recorded is None else {"gate": recorded}
 
     def _report(self, problem: str) -> None:
