@@ -13,10 +13,11 @@ from anypool import cli
 
 EXPLAINED_BY_EXAMPLE = [
     ["up"], ["worker"], ["generate"], ["chips"], ["check"], ["train"],
-    ["drill", "serve"], ["drill", "train"], ["bench", "serve"],
+    ["drill", "serve"], ["drill", "train"], ["bench", "serve"], ["data", "prepare"],
 ]  # fmt: skip
 COMMANDS = [
-    [], ["drill"], ["bench"], ["runs"], ["runs", "list"], ["runs", "show"], ["runs", "plot"], *EXPLAINED_BY_EXAMPLE
+    [], ["drill"], ["bench"], ["runs"], ["runs", "list"], ["runs", "show"], ["runs", "plot"],
+    ["data"], ["data", "inspect"], ["data", "example-chat"], *EXPLAINED_BY_EXAMPLE
 ]  # fmt: skip
 
 
@@ -96,7 +97,9 @@ def test_the_workers_flags_are_its_options_with_the_same_defaults():
 def test_what_the_fleet_file_tells_an_engine_are_the_workers_flags():
     from anypool.pools import EngineSettings
 
-    assert {field.name for field in dataclasses.fields(EngineSettings)} <= set(inspect.signature(cli.serve.worker).parameters)
+    assert {field.name for field in dataclasses.fields(EngineSettings)} <= set(
+        inspect.signature(cli.serve.worker).parameters
+    )
 
 
 def test_our_own_errors_are_one_line_and_others_are_not_hidden(monkeypatch, capsys):

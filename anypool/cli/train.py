@@ -88,3 +88,72 @@ def runs_plot(
     from anypool.train.report import plot_run
 
     typer.echo(str(plot_run(store, run, out)))
+
+
+@data.command("prepare")
+def data_prepare(
+    path: Annotated[str, typer.Argument(help="A file, a folder, or a pattern such as 'corpus/*.txt'.")] = "",
+    model: Annotated[
+        str, typer.Option(help="Whose tokenizer: a bundled name, a directory, a hub id.")
+    ] = "smollm2-135m-instruct",
+    sequence_length: Annotated[int, typer.Option("--sequence-length", min=8, help="Tokens of a row.")] = 1024,
+    kind: Annotated[
+        str, typer.Option(help="text, jsonl, parquet, chat, python-docs, python-chat. Default: by the files' names.")
+    ] = "",
+    field: Annotated[str, typer.Option(help="Of a JSON line or a Parquet table. Default: text, or messages.")] = "",
+    split: Annotated[str, typer.Option(help="A text file is one document, or one a part between blank-line.")] = (
+        "document"
+    ),
+    learn: Annotated[str, typer.Option(help="all or answers. Default: answers for chats.")] = "",
+    eval_fraction: Annotated[float, typer.Option(min=0.0, max=0.99, help="The part of all documents held out.")] = 0.0,
+    home: Annotated[Path | None, typer.Option(help="Where prepared data is kept. Default: the user's cache.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: every core.")] = None,
+    format: FormatOption = Format.table,
+) -> None:
+    """Tokenise and pack texts, once: a run that names the same source finds them.
+
+    **Examples**
+
+    - `anypool data prepare corpus/ --kind text --eval-fraction 0.02`
+    - `anypool data prepare answers.jsonl --kind chat --sequence-length 512`
+    - `anypool data prepare --kind python-docs` -- text that is on every machine
+    """
+    from anypool.train.data.command import prepare_command
+
+    code = prepare_command(
+        path,
+        model=model,
+        sequence_length=sequence_length,
+        kind=kind,
+        field=field,
+        split=split,
+        learn=learn,
+        eval_fraction=eval_fraction,
+        home=home,
+        workers=workers,
+        format=format.value,
+    )
+    raise typer.Exit(code)
+
+
+@data.command("inspect")
+def data_inspect(
+    folder: Annotated[Path, typer.Argument(help="What `anypool data prepare` made.", show_default=False)],
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show as text.")] = 2,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Show rows that are held out.")] = False,
+    format: FormatOption = Format.table,
+) -> None:
+    """What is known of prepared texts, and the first rows with what is learned from them marked."""
+    from anypool.train.data.command import inspect_command
+
+    raise typer.Exit(inspect_command(folder, rows=rows, side="eval" if held_out else "train", format=format.value))
+
+
+@data.command("example-chat")
+def data_example_chat(
+    out: Annotated[Path, typer.Argument(help="A .jsonl file to write.", show_default=False)],
+) -> None:
+    """Write questions and answers about Python's standard library, made from its documentation on this machine."""
+    from anypool.train.data.command import example_chat_command
+
+    raise typer.Exit(example_chat_command(out))

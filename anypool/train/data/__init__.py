@@ -3,7 +3,7 @@
 - `Source(kind, path, …)`: documents, as a user names them; `kind_of(path)` guesses the kind;
 - `prepare(source, tokenizer, home, sequence_length=…)` -> `Prepared`, with `train` and `eval` rows: tokenised and
   packed
-  once, found again under a key of all that decides them; interrupted work goes on where it was;
+  once, found again under a key of all that decides them; interrupted work goes on where it was; `home_dir()` is where;
 - `Mixture([(prepared.train, weight), …], seed=…, rows=…).rows_at(step, part)` -> `Rows`: a function of seed and step;
 - `Reader(mixture, first_step, part)`: the same, read before it is needed;
 - `RowStore.in_order(rows)`: all rows once, for evaluation;
@@ -15,7 +15,7 @@
 
 from anypool.train.data.errors import DataError
 from anypool.train.data.order import Mixture
-from anypool.train.data.prepare import Prepared, prepare
+from anypool.train.data.prepare import Prepared, home_dir, prepare
 from anypool.train.data.reader import Reader
 from anypool.train.data.rows import Rows, RowStore, SampleId
 from anypool.train.data.source import KINDS, Source, kind_of
@@ -34,6 +34,7 @@ __all__ = [
     "Source",
     "TextTokenizer",
     "check_fits",
+    "home_dir",
     "kind_of",
     "prepare",
     "texts_of",

@@ -14,18 +14,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from anypool.paths import cache_dir
 from anypool.progress import Reporter, bars, resolve_shown
 from anypool.train.data import python_docs
 from anypool.train.data.errors import DataError
-from anypool.train.data.prepare import Prepared, prepare
+from anypool.train.data.prepare import Prepared, home_dir, prepare
 from anypool.train.data.source import Source, kind_of
 from anypool.train.data.tokens import TextTokenizer
-
-
-def home_dir() -> Path:
-    """Where prepared data is kept unless told otherwise."""
-    return cache_dir() / "data"
 
 
 def prepare_command(

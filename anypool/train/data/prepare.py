@@ -22,6 +22,7 @@ import msgspec
 from blake3 import blake3
 
 from anypool.models import ModelConfig
+from anypool.paths import cache_dir
 from anypool.train.data import manifest, python_docs, reading, workers
 from anypool.train.data.errors import DataError
 from anypool.train.data.manifest import FORMAT, Manifest, Options, SourceFile
@@ -38,6 +39,11 @@ ROWS_OF_A_UNIT = 256
 SMALLEST_UNIT, LARGEST_UNIT = 2**20, 256 * 2**20
 UNITS = 512
 """About how many units big sources are divided into."""
+
+
+def home_dir() -> Path:
+    """Where prepared data is kept unless told otherwise."""
+    return cache_dir() / "data"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anypool.models import ConfigError, ModelConfig, UnsupportedModelError, resolve
-from anypool.paths import cache_dir
-from anypool.train.data import Mixture, Rows, RowStore, prepare, texts_of, train_tokenizer
+from anypool.train.data import Mixture, Rows, RowStore, home_dir, prepare, texts_of, train_tokenizer
 from anypool.train.errors import RunFileError
 from anypool.train.run.file import RunFile
 
@@ -33,11 +32,6 @@ class HeldOut:
         return chain.from_iterable(islice(store.in_order(self.rows, part), each) for store in self.stores)
 
 
-def data_home() -> Path:
-    """Where rows are kept on this machine."""
-    return cache_dir() / "train" / "data"
-
-
 def prepare_texts(
     file: RunFile, model: ModelConfig, folder: Path, progress: Progress = lambda *_: None
 ) -> tuple[Mixture, HeldOut | None]:
@@ -50,7 +44,7 @@ def prepare_texts(
             prepare(
                 source,
                 folder,
-                data_home(),
+                home_dir(),
                 sequence_length=file.data.sequence_length,
                 eval_fraction=file.data.eval_fraction,
                 model=model,
@@ -71,7 +65,7 @@ def make_model(file: RunFile, folder: Path) -> None:
     Raises RunFileError, DataError, ModelError.
     """
     if file.model.tokenizer == "train":
-        texts = chain.from_iterable(texts_of(source, data_home()) for source in file.data.sources)
+        texts = chain.from_iterable(texts_of(source, home_dir()) for source in file.data.sources)
         train_tokenizer(texts, file.model.vocab_size, folder)
     else:
         for path in resolve(file.model.tokenizer).iterdir():
