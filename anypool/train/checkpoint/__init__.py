@@ -3,6 +3,7 @@
 - `Checkpoints(store, files, policy)`: `.save` beside the training, `.committed`, `.latest`, `.restore` onto any mesh;
 - `Policy`: type of the weights, size of files, which checkpoints stay;
 - `CheckpointInfo`, `Pending`: one that is there, one that is being written;
+- `Verify`: how much of a checkpoint is hashed when it is restored;
 - `CheckpointError` (ValueError) and its kinds; what a store or a lease raises comes as it is.
 
 README.md says what is in a checkpoint and what is verified when.
@@ -16,6 +17,7 @@ from anypool.train.checkpoint.errors import (
     UncommittedError,
 )
 from anypool.train.checkpoint.keep import Policy
+from anypool.train.checkpoint.restore import Verify
 from anypool.train.checkpoint.saver import CheckpointInfo, Checkpoints, Pending
 
 __all__ = [
@@ -28,4 +30,5 @@ __all__ = [
     "Pending",
     "Policy",
     "UncommittedError",
+    "Verify",
 ]

@@ -220,11 +220,13 @@ def _files(stem: str, by_host: Sequence[Sequence[Entry]], max_shard_bytes: int) 
 def _chunks(entries: Sequence[Entry], limit: int) -> Iterator[tuple[Entry, ...]]:
     """Runs of entries of at most `limit` bytes, or of one entry."""
     chunk: list[Entry] = []
+    size = 0
     for entry in entries:
-        if chunk and sum(e.num_bytes for e in chunk) + entry.num_bytes > limit:
+        if chunk and size + entry.num_bytes > limit:
             yield tuple(chunk)
-            chunk = []
+            chunk, size = [], 0
         chunk.append(entry)
+        size += entry.num_bytes
     if chunk:
         yield tuple(chunk)
 

@@ -129,10 +129,10 @@ class Checkpoints:
         leaves, arrays = leaves_of(state, specs)
         plan = self._plan(leaves, arrays)
         jax.block_until_ready(arrays)
-        updates = int(np.asarray(state.step.addressable_data(0)))
-        if updates != step:
+        done = int(np.asarray(state.step.addressable_data(0)))
+        if done != step:
             raise CheckpointError(
-                f"step is {step}, and the state has seen {updates} updates; give the state of that step"
+                f"step is {step}, and the state has done {done} steps; give the state of that step"
             )
         stalled = time.perf_counter()
         taken = snapshot(leaves, arrays, plan, self._hosts.host)
@@ -186,7 +186,8 @@ class Checkpoints:
     ) -> State:
         """The state of a checkpoint.
 
-        abstract_state: with the shapes, dtypes and shardings that it is to have (`TrainStep.abstract_state`).
+        abstract_state: with the shapes, dtypes and shardings that it is to have (`TrainStep.abstract_state`). What is
+        frozen is not in a checkpoint and stays as it is here: put the base of a LoRA run there, or do it afterwards.
         verify: "full" compares the hash of every file that this host needs anything of; "read" reads only the bytes
         that its devices need, and compares hashes of small files and sizes of all. progress(done_bytes, all_bytes).
 

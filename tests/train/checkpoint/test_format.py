@@ -15,6 +15,9 @@ from anypool.models.decoder import Decoder
 from anypool.models.params import shapes, specs
 from anypool.train import TrainState
 from anypool.train.checkpoint import CheckpointError
+from anypool.train.checkpoint.source import model_files
+from anypool.train.lora import LoraConfig
+from anypool.train.lora import specs as adapters
 from anypool.train.optimizer import Moments
 from tests.train.checkpoint.states import FILES, checkpoints, numbers, placed, step_on
 from tests.train.conftest import MODEL
@@ -118,9 +121,6 @@ def test_tied_embeddings_are_written_once(tmp_path):
 
 
 def test_an_adapter_is_one_file(tmp_path):
-    from anypool.train.lora import LoraConfig
-    from anypool.train.lora import specs as adapters
-
     declared = adapters(MODEL, LoraConfig(rank=2, modules=("q_proj", "down_proj")), stacked=True)
 
     def arrays(seed):
@@ -168,8 +168,6 @@ def test_what_comes_from_the_models_directory(tmp_path):
 
 def test_the_bundled_models_tokenizer_comes_along(tmp_path):
     source = resolve("smollm2-135m-instruct")
-    from anypool.train.checkpoint.source import model_files
-
     for name, data in model_files(source).items():
         (tmp_path / name).write_bytes(data)
     theirs, ours = Tokenizer.load(source), Tokenizer.load(tmp_path)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from anypool.store import CorruptObjectError, Manifest, Store, commit, load
+from anypool.store.manifest import hash_of
 from anypool.train.checkpoint import ArchitectureError, CheckpointError, MissingTensorError, UncommittedError
 from tests.train.checkpoint.states import FILES, checkpoints, equal, numbers, placed, step_on
 from tests.train.conftest import MODEL
@@ -173,8 +174,6 @@ def spoil_index(root, change):
     change(index["weight_map"])
     (folder / "manifest.json").unlink()
     store = Store.open(str(root)).at("checkpoints/step-00000001-e1")
-    from anypool.store.manifest import hash_of
-
     path.write_text(json.dumps(index))
     records = {name: hash_of(store, name) for name in all_files(root)}
     commit(Store.open(str(root)), "checkpoints/step-00000001-e1", Manifest(records, {"format": 1, "step": 1}))

@@ -209,7 +209,7 @@ def test_settings_that_make_no_sense(changes, message, tmp_path):
 
 
 def test_saves_that_make_no_sense(tmp_path):
-    with pytest.raises(CheckpointError, match="step is 2, and the state has seen 1 updates"):
+    with pytest.raises(CheckpointError, match="step is 2, and the state has done 1 steps"):
         checkpoints(tmp_path).save(state_at(1), SPECS, step=2, epoch=1)
     with pytest.raises(CheckpointError, match="opened without files"):
         checkpoints(tmp_path, files=None).save(state_at(1), SPECS, step=1, epoch=1)
