@@ -180,10 +180,10 @@ class Account:
         }
 
 
-def account(record: RunRecord, *, now_ns: int | None = None, ttl_seconds: float = 30.0) -> Account:
+def account(record: RunRecord, *, now_ns: int | None = None) -> Account:
     """Every second of a run in one category of one pool.
 
-    now_ns: the present time, to tell a last trainer that runs from one that is dead: `ttl_seconds` without a sign.
+    now_ns: the present time, to tell a last trainer that runs from one that is dead.
     """
     now_ns = time.time_ns() if now_ns is None else now_ns
     epochs = record.epochs
@@ -194,7 +194,7 @@ def account(record: RunRecord, *, now_ns: int | None = None, ttl_seconds: float 
     start = cursor = min(epoch.started_ns for epoch in epochs[:1])
     for place, epoch in enumerate(epochs):
         following = epochs[place + 1] if place + 1 < len(epochs) else None
-        running = following is None and runs(epoch, now_ns, ttl_seconds)
+        running = following is None and runs(epoch, now_ns)
         entry = pools.setdefault(epoch.pool, PoolAccount(epoch.pool))
         begin = max(cursor, epoch.started_ns)
         if place and begin > cursor:
@@ -215,9 +215,9 @@ def account(record: RunRecord, *, now_ns: int | None = None, ttl_seconds: float 
     return Account(start, cursor, tuple(pools.values()))
 
 
-def runs(epoch: Epoch, now_ns: int, ttl_seconds: float) -> bool:
-    """Whether the trainer of the last epoch lives: it did not stop, and gave a sign within `ttl_seconds`."""
-    return epoch.stopped is None and now_ns - epoch.last_sign_ns <= ttl_seconds * 1e9
+def runs(epoch: Epoch, now_ns: int) -> bool:
+    """Whether the trainer of the last epoch lives: it did not stop, and gave a sign within its lease's time."""
+    return epoch.stopped is None and now_ns - epoch.last_sign_ns <= epoch.run.lease_seconds * 1e9
 
 
 def _gap(previous: PoolAccount, nanoseconds: int, *, stopped: bool) -> None:

@@ -57,12 +57,14 @@ class RunFacts(msgspec.Struct, frozen=True):
 
     flops_per_token: as `anypool.models.counts.train_flops_per_token` counts them. compute_dtype: what products are
     made in, "bfloat16" or "float32". usd_before: dollars of the epochs before this one, None if not all are known.
+    lease_seconds: how long without a heartbeat until another trainer may take the run.
     """
 
     total_steps: int | None = None
     flops_per_token: float | None = None
     compute_dtype: str = "bfloat16"
     usd_before: float | None = 0.0
+    lease_seconds: float = 30.0
 
 
 class Opened(msgspec.Struct, frozen=True, tag_field="kind", tag="opened"):

@@ -65,7 +65,7 @@ class Progress:
             before = {name: value for name, value in before.items() if name in _OUTLIVES_AN_EPOCH}
         self._known = {name: value for name, value in (before | news).items() if value is not None}
         if self._live is not None:
-            self._live.update(Group(self._bar(), Text(describe(self._known, skip=("step", "left")), no_wrap=True)))
+            self._live.update(Group(self._bar(), Text(describe(self._known, skip=("step", "left")))))
             return
         now = self._clock()
         stepped = "step" not in before and "step" in self._known

@@ -106,7 +106,7 @@ class Shown:
         }
 
 
-def list_runs(store_url: str | Store, *, now: float | None = None, ttl_seconds: float = 30.0) -> list[Summary]:
+def list_runs(store_url: str | Store, *, now: float | None = None) -> list[Summary]:
     """Every run of a store, the last changed first. A run that cannot be read is in the list, with its problem.
 
     now: seconds since 1970. Raises StoreError if the store itself fails, StoreUrlError, RunError if it holds no run.
@@ -117,17 +117,17 @@ def list_runs(store_url: str | Store, *, now: float | None = None, ttl_seconds: 
     if not names:
         raise RunError(f"{store.url}: holds no run: name the store that a run was started with, or start one there")
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda name: _summary_or_problem(store, name, now, ttl_seconds), names))
+        found = list(pool.map(lambda name: _summary_or_problem(store, name, now), names))
     return sorted(found, key=lambda summary: (-(summary.updated or 0.0), summary.name))
 
 
-def show_run(store_url: str | Store, run: str, *, now: float | None = None, ttl_seconds: float = 30.0) -> Shown:
+def show_run(store_url: str | Store, run: str, *, now: float | None = None) -> Shown:
     """One run in full. Raises RunError with the nearest name for one that is not there."""
     store = _open(store_url)
     now = time.time() if now is None else now
     record = read_named(store, run)
     place = store.at(f"runs/{run}")
-    told = account(record, now_ns=round(now * 1e9), ttl_seconds=ttl_seconds)
+    told = account(record, now_ns=round(now * 1e9))
     limits = last_kept(record.epochs)
     events = [(epoch.number, event) for epoch in record.epochs for event in epoch.events]
     events.sort(key=lambda entry: entry[1].at_ns)
@@ -135,8 +135,8 @@ def show_run(store_url: str | Store, run: str, *, now: float | None = None, ttl_
     checkpoints = _checkpoints(place, limits, problems)
     return Shown(
         record.url,
-        summary(run, record, told, now, ttl_seconds),
-        tuple(_stay(record, index, limits, now, ttl_seconds) for index in range(len(record.epochs))),
+        summary(run, record, told, now),
+        tuple(_stay(record, index, limits, now) for index in range(len(record.epochs))),
         told,
         tuple(checkpoints),
         tuple(events[-_LAST_EVENTS:]),
@@ -157,7 +157,7 @@ def read_named(store_url: str | Store, run: str) -> RunRecord:
     return read_run(store.at(f"runs/{run}"))
 
 
-def summary(name: str, record: RunRecord, told: Account, now: float, ttl_seconds: float) -> Summary:
+def summary(name: str, record: RunRecord, told: Account, now: float) -> Summary:
     """How a run stands. What the trainer's heartbeat tells wins over lines that were written before it."""
     if not record.epochs:
         return Summary(name, "new")
@@ -170,7 +170,7 @@ def summary(name: str, record: RunRecord, told: Account, now: float, ttl_seconds
     cost = told.cost()
     return Summary(
         name,
-        _state(last, step, total, now, ttl_seconds),
+        _state(last, step, total, now),
         last.pool.name,
         last.held_ns / 1e9,
         step,
@@ -185,11 +185,11 @@ def summary(name: str, record: RunRecord, told: Account, now: float, ttl_seconds
     )
 
 
-def _state(last: Epoch, step: int | None, total: int | None, now: float, ttl_seconds: float) -> str:
+def _state(last: Epoch, step: int | None, total: int | None, now: float) -> str:
     if last.stopped is not None:
         done = step is not None and total is not None and step >= total
         return FINISHED if done or last.stopped == FINISHED else "stopped"
-    return "running" if runs(last, round(now * 1e9), ttl_seconds) else "lost"
+    return "running" if runs(last, round(now * 1e9)) else "lost"
 
 
 def _value(record: RunRecord, metric: str) -> float | None:
@@ -208,7 +208,7 @@ def _newest(known: Mapping[str, Any], name: str) -> Any:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _stay(record: RunRecord, index: int, limits: Mapping[int, float], now: float, ttl_seconds: float) -> Stay:
+def _stay(record: RunRecord, index: int, limits: Mapping[int, float], now: float) -> Stay:
     epoch = record.epochs[index]
     kept = [step for step in epoch.steps if step <= limits[epoch.number]]
     if epoch.stopped is not None:
@@ -216,7 +216,7 @@ def _stay(record: RunRecord, index: int, limits: Mapping[int, float], now: float
     elif index + 1 < len(record.epochs):
         ended = f"lost: taken over by {record.epochs[index + 1].pool.name}"
     else:
-        ended = "runs" if runs(epoch, round(now * 1e9), ttl_seconds) else "lost: no sign of life"
+        ended = "runs" if runs(epoch, round(now * 1e9)) else "lost: no sign of life"
     base = epoch.holding.base if epoch.holding else None
     return Stay(
         epoch.number,
@@ -257,14 +257,14 @@ def _numbers(folder: str) -> tuple[int | None, int | None]:
     return (int(step), int(epoch)) if dash and step.isdigit() and epoch.isdigit() else (None, None)
 
 
-def _summary_or_problem(store: Store, name: str, now: float, ttl_seconds: float) -> Summary:
+def _summary_or_problem(store: Store, name: str, now: float) -> Summary:
     try:
         place = store.at(f"runs/{name}")
         record = read_run(place, metrics=False)
         if record.epochs and _newest(facts_of(record.epochs[-1]), "loss") is None:
             record = read_run(place)
-        told = account(record, now_ns=round(now * 1e9), ttl_seconds=ttl_seconds)
-        return summary(name, record, told, now, ttl_seconds)
+        told = account(record, now_ns=round(now * 1e9))
+        return summary(name, record, told, now)
     except StoreError as error:
         return Summary(name, "unreadable", problem=str(error))
 

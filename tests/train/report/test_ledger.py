@@ -19,9 +19,9 @@ from tests.train.conftest import MODEL
 from tests.train.report.conftest import POOLS, HandClock, Made, steps
 
 
-def seconds(run: Made, **options) -> dict[str, float]:
+def seconds(run: Made) -> dict[str, float]:
     """Of every category that has any, overlap included."""
-    told = account(read_run(run.store), now_ns=run.clock.now_ns, **options)
+    told = account(read_run(run.store), now_ns=run.clock.now_ns)
     assert sum(told.nanoseconds(name) for name in CATEGORIES) == told.wall_ns
     names = (*CATEGORIES, OVERLAP)
     return {name: told.seconds(name) for name in names if told.nanoseconds(name)}
@@ -135,7 +135,7 @@ def test_a_trainer_that_died_before_its_first_line(run):
 
 
 def test_a_trainer_that_runs_is_counted_up_to_its_last_line_and_a_dead_one_to_its_last_sign(run):
-    trainer, lease = run.trainer("h100", base=None)
+    trainer, lease = run.trainer("h100", base=None, run=RunFacts(lease_seconds=25))
     steps(trainer, run.clock, 1, 5)
     with trainer.phase("compute"):
         run.clock.go(3)
@@ -144,9 +144,9 @@ def test_a_trainer_that_runs_is_counted_up_to_its_last_line_and_a_dead_one_to_it
     run.kill(trainer)
     run.leases.beat(lease, {})
     run.clock.go(20)
-    assert seconds(run, ttl_seconds=30) == {"compute": 13}
-    run.clock.go(20)
-    assert seconds(run, ttl_seconds=30) == {"compute": 10, "lost work": 3 + 7}
+    assert seconds(run) == {"compute": 13}
+    run.clock.go(6)
+    assert seconds(run) == {"compute": 10, "lost work": 3 + 7}
 
 
 def test_steps_made_again_by_the_same_trainer_count_once(run):
@@ -219,6 +219,7 @@ def test_a_run_that_nobody_took_has_no_account():
 
 times = st.integers(0, 10**6)
 facts = st.sampled_from([*POOLS.values(), PoolFacts("h100-eu", "h100", 8, 8, None)])
+told = st.builds(RunFacts, lease_seconds=st.floats(1e-6, 1e-3))
 stretches = st.builds(
     Time,
     start_ns=times,
@@ -233,7 +234,7 @@ def epochs(draw) -> tuple[Epoch, ...]:
     """Anything that could be read: clocks that disagree, lines missing, leases missing, bases that were never there."""
     found = []
     for number in sorted(draw(st.sets(st.integers(1, 9), min_size=1, max_size=5))):
-        opened = draw(st.none() | st.builds(Opened, st.just(number), facts, st.just(RunFacts()), times, times))
+        opened = draw(st.none() | st.builds(Opened, st.just(number), facts, told, times, times))
         base = st.builds("checkpoints/step-{:08d}-e{}".format, st.integers(0, 30), st.integers(1, 9))
         holding = st.builds(
             Holding, st.just(number), st.just("h100-eu"), times, st.none() | times, st.none(),
@@ -256,7 +257,7 @@ def epochs(draw) -> tuple[Epoch, ...]:
 @given(epochs(), times)
 @settings(deadline=None)
 def test_every_nanosecond_is_in_one_category_whatever_was_read(found, now):
-    told = account(RunRecord("memory://x", found), now_ns=now, ttl_seconds=1e-4)
+    told = account(RunRecord("memory://x", found), now_ns=now)
     assert sum(told.nanoseconds(name) for name in CATEGORIES) == told.wall_ns
     assert told.wall_ns >= 0
     assert all(length >= 0 for pool in told.pools for length in pool.nanoseconds.values())
