@@ -100,13 +100,13 @@ def choose(
 
 def _offers(platform: str, need: Need, train: bool) -> dict[str, tuple[Any, str | None]]:
     """What is registered for a platform beside the references: op to kernel, and why it cannot serve, or None."""
-    if platform == "cpu" and not train:
+    if platform == "cpu":
         from anypool.ops import cpu
 
         lacking = cpu.unavailable()
         return {
             op: (kernel, lacking or kernel.refuses(dtype=need.dtype, head_dim=need.head_dim))
-            for op, kernel in cpu.KERNELS.items()
+            for op, kernel in (cpu.TRAINING if train else cpu.KERNELS).items()
         }
     registered: dict[str, Any] = {}
     if platform == "tpu":

@@ -1,10 +1,11 @@
-"""Faster f32 ops on the CPU: `kernels.cc`, compiled on first use by the machine's own C++ compiler.
+"""Faster f32 ops on the CPU, compiled on first use by the machine's own C++ compiler.
 
-Without a compiler the references serve, and `unavailable` says why. The results of these ops do not depend on what
-else is in the batch, bit for bit (see kernels.cc).
+Without a compiler the references serve, and `unavailable` says why. `KERNELS` are for serving: their results do not
+depend on what else is in the batch, bit for bit (see kernels.cc). `TRAINING` are those with a gradient (training.cc).
 """
 
 from anypool.ops.cpu.build import unavailable
 from anypool.ops.cpu.calls import KERNELS
+from anypool.ops.cpu.training import TRAINING
 
-__all__ = ["KERNELS", "unavailable"]
+__all__ = ["KERNELS", "TRAINING", "unavailable"]

@@ -1,4 +1,4 @@
-"""Compiles kernels.cc for this machine once and registers it with XLA."""
+"""Compiles the C++ of this folder for this machine once and registers it with XLA."""
 
 import ctypes
 import fcntl
@@ -15,8 +15,10 @@ import jax.ffi
 
 from anypool.paths import cache_dir
 
-SOURCE = Path(__file__).with_name("kernels.cc")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cc", "training.cc"))
+HEADER = Path(__file__).with_name("common.h")
 TARGETS = ("linear", "rms_norm", "silu_mul", "blank", "paged_attention")
+TARGETS += ("packed_attention", "packed_attention_back", "rms_norm_back", "silu_mul_back")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
 
 
@@ -41,10 +43,11 @@ def unavailable() -> str | None:
 
 
 def _compile(compiler: str) -> Path:
-    """The shared library for this source, compiler, JAX and processor; compiled if the cache has none."""
+    """The shared library for these sources, compiler, JAX and processor; compiled if the cache has none."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.blake2b(digest_size=8)
-    for part in (SOURCE.read_text(), version, " ".join(FLAGS), jax.__version__, platform.machine(), _processor()):
+    sources = [file.read_text() for file in (HEADER, *SOURCES)]
+    for part in (*sources, version, " ".join(FLAGS), jax.__version__, platform.machine(), _processor()):
         key.update(part.encode())
     folder = cache_dir() / "kernels"
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,7 +56,7 @@ def _compile(compiler: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             partial = library.with_suffix(f".{os.getpid()}")
-            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(partial)]
+            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES), "-o", str(partial)]
             subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
             partial.rename(library)
     return library

@@ -17,7 +17,8 @@ PANEL = 32
 MAX_HEAD_DIM = 256
 
 
-def _only_f32(dtype: jnp.dtype) -> str | None:
+def only_f32(dtype: jnp.dtype) -> str | None:
+    """Why a kernel cannot compute in `dtype`, or None."""
     return None if dtype == jnp.float32 else f"the CPU kernels compute in float32, not {dtype}"
 
 
@@ -37,7 +38,7 @@ class LinearCpu:
     name: str = "cpu"
 
     def refuses(self, dtype: jnp.dtype, head_dim: int) -> str | None:
-        return _only_f32(dtype)
+        return only_f32(dtype)
 
     def pack(self, w_OD: np.ndarray) -> PackedWeight:
         outputs, depth = w_OD.shape
@@ -67,7 +68,7 @@ class RmsNormCpu:
     name: str = "cpu"
 
     def refuses(self, dtype: jnp.dtype, head_dim: int) -> str | None:
-        return _only_f32(dtype)
+        return only_f32(dtype)
 
     def __call__(self, x_D: Array, scale_D: Array, eps: float) -> Array:
         result = jax.ShapeDtypeStruct(x_D.shape, x_D.dtype)
@@ -80,7 +81,7 @@ class SiluMulCpu:
     name: str = "cpu"
 
     def refuses(self, dtype: jnp.dtype, head_dim: int) -> str | None:
-        return _only_f32(dtype)
+        return only_f32(dtype)
 
     def __call__(self, gate: Array, up: Array) -> Array:
         product: Array = jax.ffi.ffi_call("anypool_silu_mul", jax.ShapeDtypeStruct(gate.shape, gate.dtype))(gate, up)
@@ -97,7 +98,7 @@ class PagedAttentionCpu:
     def refuses(self, dtype: jnp.dtype, head_dim: int) -> str | None:
         if head_dim % 16 or head_dim > MAX_HEAD_DIM:
             return f"head_dim {head_dim} is not a multiple of 16 up to {MAX_HEAD_DIM}"
-        return _only_f32(dtype)
+        return only_f32(dtype)
 
     def cache_shape(self, blocks: int, kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return (blocks, kv_heads, 2, BLOCK * head_dim)
