@@ -172,7 +172,9 @@ def _takeover(run: DrillRun, finding: Finding, on: str, to: str, at: float, left
 
 
 def _last_step(run: DrillRun) -> int:
-    return max((event["step"] for event in list(run.seen) if event["event"] == "step"), default=0)
+    """The last step that the newest trainer has said."""
+    steps = [(event["epoch"], event["step"]) for event in list(run.seen) if event["event"] == "step"]
+    return max(steps, default=(0, 0))[1]
 
 
 def _kill_at_a_step(run: DrillRun, rng: random.Random, finding: Finding, to: str) -> None:
@@ -180,8 +182,7 @@ def _kill_at_a_step(run: DrillRun, rng: random.Random, finding: Finding, to: str
     run.start()
     run.wait("step", lambda event: event["step"] >= step)
     at = run.kill()
-    detected_left = _last_step(run)
-    _takeover(run, finding, "a", to, at, detected_left, lost=True)
+    _takeover(run, finding, "a", to, at, _last_step(run), lost=True)
 
 
 def _move(run: DrillRun, rng: random.Random, finding: Finding) -> None:

@@ -64,7 +64,7 @@ keep_last = 4
 
 [watch]
 heartbeat_seconds = 0.2
-lease_seconds = 60
+lease_seconds = {lease_seconds}
 """
 
 POOLS = {
@@ -83,13 +83,21 @@ class DrillRun:
     """One run. `start` lets it go, `wait` waits for something it says, `finish` for its end."""
 
     def __init__(
-        self, folder: Path, name: str, *, steps: int, seed: int, pools: Iterable[str], throttle: float
+        self,
+        folder: Path,
+        name: str,
+        *,
+        steps: int,
+        seed: int,
+        pools: Iterable[str],
+        throttle: float,
+        lease_seconds: float = 60.0,
     ) -> None:
         """throttle: seconds that trainers pause after each step. pools: names of POOLS, in the order of preference."""
         topics = folder / "topics.txt"
         if not topics.is_file():
             topics.write_text("\n\n".join(pydoc_data.topics.topics.values()), encoding="utf-8")
-        text = RUN.format(name=name, steps=steps, seed=seed, every=EVERY_STEPS)
+        text = RUN.format(name=name, steps=steps, seed=seed, every=EVERY_STEPS, lease_seconds=lease_seconds)
         text += "".join(f'\n[[pool]]\nname = "{pool}"\nchip = "cpu"\n{POOLS[pool]}' for pool in pools)
         path = folder / f"{name}.toml"
         path.write_text(text, encoding="utf-8")

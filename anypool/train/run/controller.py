@@ -161,7 +161,7 @@ class Controller:
 
     def _spent(self) -> float | None:
         """Dollars of all epochs so far; None if some price is not known."""
-        cost = account(read_run(self.store)).cost()
+        cost = account(read_run(self.store, metrics=False)).cost()
         return cost.usd if cost.complete else None
 
     def _tell(self, event: str, **facts: Any) -> None:

@@ -214,6 +214,7 @@ class Epoch:
             train_flops_per_token(self.model, self.file.data.sequence_length),
             self.file.compute_dtype,
             self.told.usd_before,
+            self.file.watch.lease_seconds,
         )
         sinks = self._sinks() if self.leads else []
         return Recorder(self.store, self.lease.number, facts, sinks, run=run, writes=self.leads)
