@@ -1,6 +1,7 @@
 """Texts to rows of tokens, and which of them each step learns from.
 
-- `Source(kind, path, …)`: documents, as a user names them; `kind_of(path)` guesses the kind;
+- `Source(kind, path, …)`: documents, as a user names them; `kind_of(path)` guesses the kind, `named(sources)`
+  makes their names differ;
 - `prepare(source, tokenizer, home, sequence_length=…)` -> `Prepared`, with `train` and `eval` rows: tokenised and
   packed
   once, found again under a key of all that decides them; interrupted work goes on where it was; `home_dir()` is where;
@@ -18,7 +19,7 @@ from anypool.train.data.order import Mixture
 from anypool.train.data.prepare import Prepared, home_dir, prepare
 from anypool.train.data.reader import Reader
 from anypool.train.data.rows import Rows, RowStore, SampleId
-from anypool.train.data.source import KINDS, Source, kind_of
+from anypool.train.data.source import KINDS, Source, kind_of, named
 from anypool.train.data.tokens import TextTokenizer, check_fits
 from anypool.train.data.vocabulary import texts_of, train_tokenizer
 
@@ -36,6 +37,7 @@ __all__ = [
     "check_fits",
     "home_dir",
     "kind_of",
+    "named",
     "prepare",
     "texts_of",
     "train_tokenizer",

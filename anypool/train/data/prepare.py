@@ -24,7 +24,7 @@ from blake3 import blake3
 from anypool.models import ModelConfig
 from anypool.paths import cache_dir
 from anypool.train.data import manifest, python_docs, reading, workers
-from anypool.train.data.errors import DataError
+from anypool.train.data.errors import DataError, complaint
 from anypool.train.data.manifest import FORMAT, Manifest, Options, SourceFile
 from anypool.train.data.rows import RowStore
 from anypool.train.data.source import MADE, Source, files_of
@@ -36,9 +36,10 @@ Progress = Callable[[str, int, int], None]
 
 ROWS_OF_A_UNIT = 256
 """At least about so many, because the last row of a unit is not full."""
-SMALLEST_UNIT, LARGEST_UNIT = 2**20, 256 * 2**20
-UNITS = 512
-"""About how many units big sources are divided into."""
+SMALLEST_UNIT, LARGEST_UNIT = 2**20, 2**30
+UNITS = 256
+"""About how many units big sources are divided into. Each becomes a file, and all of them are open when rows are read.
+"""
 
 
 def home_dir() -> Path:
@@ -92,6 +93,22 @@ def prepare(
 
     Raises DataError, which names the file and the place in it.
     """
+    try:
+        return _prepare(source, tokenizer, home, sequence_length, eval_fraction, model, workers, progress)
+    except OSError as error:
+        raise DataError(complaint(error)) from error
+
+
+def _prepare(
+    source: Source,
+    tokenizer: Path,
+    home: Path,
+    sequence_length: int,
+    eval_fraction: float,
+    model: ModelConfig | None,
+    workers: int | None,
+    progress: Progress,
+) -> Prepared:
     if not 0 <= eval_fraction < 1:
         raise DataError(
             f"eval_fraction = {eval_fraction}: must be from 0 to below 1, 0.01 for one document in a hundred"
@@ -207,10 +224,7 @@ def _hashed(paths: list[Path], cache: Path, progress: Progress) -> list[SourceFi
     for path in paths:
         stamp = _stamp(path)
         if stamp not in known:
-            try:
-                known[stamp] = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}") from error
+            known[stamp] = blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
             new = True
         done += path.stat().st_size
         progress("reading", _mib(done), _mib(total))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import glob
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +88,20 @@ class Source:
     @property
     def chats(self) -> bool:
         return self.kind in ("chat", "python-chat")
+
+
+def named(sources: Sequence[Source]) -> list[Source]:
+    """The same sources under names that differ: of those that share one, the second is `name-2` and so on."""
+    taken: set[str] = set()
+    result = []
+    for source in sources:
+        number, name = 1, source.name
+        while name in taken:
+            number += 1
+            name = f"{source.name}-{number}"
+        taken.add(name)
+        result.append(dataclasses.replace(source, name=name))
+    return result
 
 
 def _name(path: str) -> str:

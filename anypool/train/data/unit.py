@@ -167,8 +167,12 @@ class Maker:
                 writer.write(encode(tokens_P, lengths, learned_P))
                 part.tokens += len(tokens_P)
                 part.learned += sum(int(mask[1:].sum()) for mask in masks) if masks else len(tokens_P) - len(row)
-        finally:
             writer.close()
+        except RuntimeError as error:  # what array-record raises when the disk is full
+            unfinished.unlink(missing_ok=True)
+            raise DataError(
+                f"{path} cannot be written ({error}); what was finished is kept: ask again once that is mended"
+            ) from error
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from anypool.train.data.errors import DataError
+from anypool.train.data.errors import DataError, complaint
 from anypool.train.data.unit import Maker
 
 
@@ -24,7 +24,7 @@ def main() -> None:
         except DataError as error:
             answer = {"error": str(error)}
         except OSError as error:
-            answer = {"error": f"{error}; work done so far is kept: ask again once that is mended"}
+            answer = {"error": complaint(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -1,6 +1,7 @@
 """Texts to rows: nothing lost, found again, gone on with after a kill; and every mistake with its place."""
 
 import json
+import resource
 import shutil
 import signal
 import subprocess
@@ -259,6 +260,30 @@ def test_a_process_that_dies(tmp_path, small, monkeypatch):
     monkeypatch.setattr(workers, "COMMAND", (sys.executable, "-c", "import sys; sys.exit(7)"))
     with pytest.raises(DataError, match="a process that tokenised ended with exit code 7, and its last work was lost"):
         prepare(source, small, tmp_path / "home", sequence_length=32, workers=2)
+
+
+def test_a_full_disk(tmp_path, small):
+    """Files may not grow as long as the shard is: no unit is taken for finished, and there is nothing to clean up."""
+    source = write(tmp_path / "a.jsonl", texts(4000))
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1][1]))
+    try:
+        with pytest.raises(DataError) as caught:
+            prepare(source, small, tmp_path / "home", sequence_length=32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
+        signal.signal(signal.SIGXFSZ, before[0])
+    [folder] = (tmp_path / "home").glob("jsonl-*")
+    assert str(caught.value).startswith(f"{folder}/train-00000.array_record cannot be written (")
+    assert str(caught.value).endswith("what was finished is kept: ask again once that is mended")
+    assert {path.name for path in folder.iterdir()} == {"job.json", "lock", "tokenizer"}
+    assert prepare(source, small, tmp_path / "home", sequence_length=32).manifest.train.documents == 4000
+
+
+def test_a_place_that_cannot_be_written(tmp_path, small):
+    source = write(tmp_path / "a.jsonl", texts(4))
+    with pytest.raises(DataError, match=r"a\.jsonl.*: (Not a directory|File exists); what was finished is kept"):
+        prepare(source, small, tmp_path / "a.jsonl" / "home", sequence_length=32)
 
 
 def test_progress(tmp_path, small):

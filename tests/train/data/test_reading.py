@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from anypool.train.data import DataError, Source, kind_of, reading
+from anypool.train.data import DataError, Source, kind_of, named, reading
 from anypool.train.data.source import files_of
 
 
@@ -71,6 +71,12 @@ def test_folders_and_patterns(tmp_path):
     assert Source("text", str(tmp_path / "b" / "*.txt")).name == "b"
     assert Source("text", "some.corpus.txt").name == "some.corpus"
     assert Source("python-docs").name == "python-docs"
+
+
+def test_names_that_differ():
+    sources = [Source("text", path) for path in ("a/x.txt", "b/x.txt", "c/x-2.txt", "d/x.txt", "y.txt")]
+    assert [source.name for source in named(sources)] == ["x", "x-2", "x-2-2", "x-3", "y"]
+    assert [source.path for source in named(sources)] == [source.path for source in sources]
 
 
 def test_kinds_by_name(tmp_path):
