@@ -23,9 +23,8 @@ PATIENCE_SECONDS = 240
 
 @pytest.mark.timeout(600)
 def test_the_drill(tmp_path, capsys):
-    assert (
-        train.run(seed=1, faults=["move", "zombie", "full", "corrupt"], steps=30, format="json", folder=tmp_path) == 0
-    )
+    faults = ["move", "zombie", "full", "corrupt"]
+    assert train.run(seed=1, faults=faults, steps=30, format="json", folder=tmp_path) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["samples_repeated"], report["samples_skipped"], report["fenced_commits"]) == (0, 0, 0)
     assert report["loss_difference"] <= train.LOSS_TOLERANCE

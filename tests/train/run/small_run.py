@@ -21,7 +21,7 @@ TEXT = """
 [run]
 name = "small"
 store = "./store"
-steps = 12
+steps = {steps}
 
 [model]
 {model}

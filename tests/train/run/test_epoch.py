@@ -90,9 +90,8 @@ def test_a_pool_that_computes_otherwise_is_refused(tmp_path):
     assert run.train() == REFUSED
     (refused,) = run.events("refused")
     assert "loss" in refused["reason"] and "difference 1.0e-03, allowed 1.0e-05" in refused["reason"]
-    assert Checkpoints(run.store, None).latest() == before.__class__(
-        **{**vars(before), "known": manifest["known"]["known"]}
-    )
+    latest = Checkpoints(run.store, None).latest()
+    assert (latest.step, latest.epoch) == (before.step, before.epoch)
     assert not run.events("committed")
 
 
