@@ -48,6 +48,7 @@ class StoreGoneError(StoreError):
 # Not every kernel names every one of these.
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _READ_ONLY = {errno.EROFS}
+_CANNOT = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _GONE = {
     errno.EIO,
     errno.ENXIO,
@@ -62,8 +63,9 @@ _GONE = {
 }
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
-_FULL_ANSWERS = ("StorageFull", "QuotaExceeded", "InsufficientStorage")
-_GONE_ANSWERS = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist", "InvalidAccessKeyId")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_FULL_CODES = {"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage"}
+_GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "InvalidAccessKeyId", "SignatureDoesNotMatch"}
 
 
 def os_error_number(error: BaseException) -> int | None:
@@ -85,6 +87,7 @@ def translate(error: BaseException, *, store: str, key: str, writing: bool) -> S
     said = first_line(error)
     text = str(error)
     number = os_error_number(error)
+    code = found.group(1) if (found := _CODE.search(text)) else ""
     status = int(found.group(1)) if (found := _STATUS.search(text)) else None
 
     def told(kind: type[StoreError], what: str) -> StoreError:
@@ -96,11 +99,11 @@ def translate(error: BaseException, *, store: str, key: str, writing: bool) -> S
             store=store,
             key=key,
         )
-    if number in _FULL or status == 507 or any(answer in text for answer in _FULL_ANSWERS):
+    if number in _FULL or status == 507 or code in _FULL_CODES:
         return told(StoreFullError, "no room left in the store; free space or raise the quota, then try again")
     if number in _READ_ONLY:
         return told(StoreReadOnlyError, "the store is read-only; mount it writable or name another store")
-    if any(answer in text for answer in _GONE_ANSWERS):
+    if code in _GONE_CODES:
         return told(StoreGoneError, "the bucket does not exist or these credentials do not open it; check both")
     if isinstance(error, FileNotFoundError):
         if writing:
@@ -119,6 +122,6 @@ def translate(error: BaseException, *, store: str, key: str, writing: bool) -> S
         return told(StoreGoneError, "the store answers with errors, also after retries; try again later")
     if isinstance(error, exceptions.PreconditionError):
         return told(StoreError, "the object was replaced while it was read; read it again")
-    if isinstance(error, (exceptions.NotSupportedError, NotImplementedError)):
-        return told(StoreError, "this back end cannot do that; use file://, s3://, gs:// or az://")
+    if number in _CANNOT or isinstance(error, (exceptions.NotSupportedError, NotImplementedError)):
+        return told(StoreError, "the store cannot do that (create needs hard links on a disk); name another store")
     return told(StoreError, "the store did not do it")

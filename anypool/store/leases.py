@@ -195,7 +195,7 @@ class Leases:
         if self.released(lease.number) is not None:
             return
         heartbeat = self.heartbeat(lease.number)
-        last = max(lease.since, heartbeat.at) if heartbeat else lease.since
+        last = heartbeat.at if heartbeat else lease.since
         if self._clock() - last < self.ttl_seconds:
             raise self._held(
                 lease,

@@ -13,6 +13,7 @@ from obstore import exceptions
 
 from anypool.store.errors import NotFoundError, StoreError, StoreKeyError, translate
 from anypool.store.places import Place, open_place
+from anypool.store.ranges import REQUEST_BYTES, Span, read_ranges
 from anypool.store.sending import PART_BYTES, Buffer, Uploaded, send
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class Store:
         """All bytes of an object. Raises NotFoundError."""
         with self._reading(key) as (native, path):
             found = obstore.get(native, path)
-            if found.meta["size"] <= 4 * PART_BYTES:
+            if found.meta["size"] <= REQUEST_BYTES:
                 return found.bytes().to_bytes()
         return b"".join(self.stream(key))
 
@@ -91,26 +92,23 @@ class Store:
         return self.get_ranges(key, [(start, length)])[0]
 
     def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """The bytes of each (start, length), read in parallel; near ones share a request."""
+        """The bytes of each (start, length), read in parallel; near ones share a request. Raises as `get_range`."""
         for start, length in ranges:
             if start < 0 or length < 0:
                 raise ValueError(f"range ({start}, {length}) of {key!r}: start and length must be 0 or more")
-        asked = [(start, length) for start, length in ranges if length]
-        found: Iterator[bytes] = iter(())
-        if asked:
+
+        def read(span: Span) -> bytes:
             try:
                 with self._reading(key) as (native, path):
-                    starts, lengths = [start for start, _ in asked], [length for _, length in asked]
-                    parts = obstore.get_ranges(native, path, starts=starts, lengths=lengths)
-                    found = iter([part.to_bytes() for part in parts])
+                    return obstore.get_range(native, path, start=span[0], end=span[1]).to_bytes()
             except NotFoundError:
                 raise
-            except StoreError as error:
-                start, length = max(asked, key=sum)
-                if start + length > (size := self.size(key)):
-                    raise self._short(key, start, length, size) from error
+            except StoreError:
+                if span[0] >= self.size(key):  # told below, with the range that was asked for
+                    return b""
                 raise
-        answer = [next(found) if length else b"" for _, length in ranges]
+
+        answer = read_ranges(read, ranges)
         for (start, length), part in zip(ranges, answer, strict=True):
             if len(part) != length:
                 raise self._short(key, start, length, self.size(key))

@@ -238,8 +238,7 @@ class _AnyOrder(RuleBasedStateMachine):
         name = f"memory://{uuid.uuid4().hex}"
         self.stores = [_StaleStore(Store.open(name)._place) for _ in range(4)]
         self.leases = [
-            Leases(store, TTL, lambda skew=skew: self.now + skew)
-            for store, skew in zip(self.stores, skews, strict=True)
+            Leases(store, TTL, partial(self._clock, skew)) for store, skew in zip(self.stores, skews, strict=True)
         ]
         self.skews = skews
         self.held: dict[int, list[Lease]] = {number: [] for number in range(4)}
@@ -288,7 +287,7 @@ class _AnyOrder(RuleBasedStateMachine):
             self.leases[who].beat(lease, {"step": step})
             at = self.now + self.skews[who]
             assert self.leases[0].heartbeat(lease.number) == Heartbeat(at, {"step": step})
-            self.last_sign[lease.number] = max(lease.since, at)
+            self.last_sign[lease.number] = at
         else:
             before = self.leases[who].heartbeat(lease.number)
             with pytest.raises(LeaseLostError):

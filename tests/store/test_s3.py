@@ -52,6 +52,12 @@ def test_a_large_upload_goes_in_parts(server, bucket):
     sent = [line for line in server.seen if "partNumber" in line]
     assert len(sent) == 3
     assert bucket.get_ranges("k", [(MIB - 1, 2), (20 * MIB, MIB)]) == [b"\0\1", bytes([20]) * MIB]
+    server.seen.clear()
+    assert bucket.get_range("k", 0, len(data)) == data
+    assert len(server.seen) == 2, "no request is larger than 16 MiB"
+    server.seen.clear()
+    assert bucket.get_ranges("k", [(start, 10) for start in range(0, MIB, 1000)]) == [data[:10]] * 1049
+    assert len(server.seen) == 1, "near ranges share a request"
     assert bucket.get("k") == data
 
 

@@ -7,11 +7,12 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from blake3 import blake3
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -24,6 +25,7 @@ from anypool.store import (
     StoreUrlError,
     Uploaded,
 )
+from anypool.store.ranges import REQUEST_BYTES, read_ranges, spans_for
 
 MIB = 1024 * 1024
 
@@ -151,6 +153,38 @@ def test_ranges(store):
     assert store.get_ranges("k", ranges) == [data[start : start + length] for start, length in ranges]
     assert store.get_range("k", 1, 299_999) == data[1:]
     assert store.get_ranges("k", []) == []
+
+
+def test_large_ranges_are_many_requests_and_near_ones_are_one(store):
+    data = np.random.default_rng(0).bytes(40 * MIB)
+    store.put("k", data)
+    ranges = [(1, 39 * MIB), (5, 6), (39 * MIB, MIB), (20 * MIB, 17 * MIB)]
+    assert store.get_ranges("k", ranges) == [data[start : start + length] for start, length in ranges]
+
+
+RANGES = st.tuples(st.integers(0, 100 * MIB), st.sampled_from([0, 1, 1000, MIB, 16 * MIB, 50 * MIB]))
+
+
+@given(ranges=st.lists(RANGES, max_size=8))
+def test_spans_cover_the_ranges_and_are_bounded(ranges):
+    spans = spans_for(ranges)
+    assert spans == sorted(spans)
+    assert all(0 < stop - start <= REQUEST_BYTES for start, stop in spans)
+    assert all(left[1] <= right[0] for left, right in itertools.pairwise(spans))
+    for start, length in ranges:
+        covered = sum(max(0, min(stop, start + length) - max(first, start)) for first, stop in spans)
+        assert covered == length
+    wanted = [(start, start + length) for start, length in ranges if length]
+    for first, stop in spans:
+        assert any(first < end and begin < stop for begin, end in wanted), "read for nothing"
+
+
+@given(size=st.integers(0, 60), ranges=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), max_size=6))
+def test_ranges_are_cut_out_of_spans(size, ranges):
+    data = bytes(range(size))
+    with mock.patch("anypool.store.ranges.REQUEST_BYTES", 10), mock.patch("anypool.store.ranges._GAP_BYTES", 3):
+        found = read_ranges(lambda span: data[span[0] : span[1]], ranges)
+    assert found == [data[start : start + length] for start, length in ranges]
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 11), (9, 2), (10, 1), (500, 3)])
