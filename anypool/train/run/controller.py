@@ -152,7 +152,7 @@ class Controller:
         self._tell("starting", epoch=lease.number, pool=pool.name)
         trainer = TrainerProcess(assignment, pool, self._on_log)
         self.trainer = trainer
-        watch = _Watch(self, trainer, lease.number, lease.since)
+        watch = _Watch(self, trainer, lease.number)
         try:
             return watch.until_it_ends()
         finally:
@@ -171,13 +171,13 @@ class Controller:
 class _Watch:
     """One trainer, watched."""
 
-    def __init__(self, controller: Controller, trainer: TrainerProcess, epoch: int, since: float) -> None:
+    def __init__(self, controller: Controller, trainer: TrainerProcess, epoch: int) -> None:
         self.controller, self.trainer, self.epoch = controller, trainer, epoch
         self.file, self.asked = controller.file, controller.asked
         self.committed = False
         self.stopping: str | None = None  # "stopped" or "moved", once it was asked
         self.said: dict[str, Any] | None = None  # its own word on why it ends
-        self._alive = since
+        self._alive: float | None = None  # the last heartbeat; a trainer that starts has none yet
         self._stepped = time.monotonic()
         self._steps = 0
         self._next_look = 0.0
@@ -242,13 +242,13 @@ class _Watch:
             log.warning("%s", error)
             return
         if beat is not None:
-            self._alive = max(self._alive, beat.at)
+            self._alive = beat.at
         if request is not None and self.asked.move_to is None:
             self.asked.move_to = request
 
     def _too_silent(self) -> str | None:
         """Why the trainer counts as lost though its process lives."""
-        silent = time.time() - self._alive
+        silent = 0.0 if self._alive is None else time.time() - self._alive
         if silent > self.file.watch.lease_seconds:
             return f"no heartbeat for {silent:.0f} s (watch.lease_seconds {self.file.watch.lease_seconds:g})"
         waited = time.monotonic() - self._stepped
