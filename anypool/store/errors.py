@@ -118,7 +118,7 @@ def translate(error: BaseException, *, store: str, key: str, writing: bool) -> S
         return told(StoreGoneError, f"the store cannot be reached: {os.strerror(number or 0)}; check folder and mount")
     if status is None and isinstance(error, exceptions.GenericError) and "HTTP error" in text:
         return told(StoreGoneError, "no connection to the store; check the address and the network")
-    if status is not None and status >= 500:
+    if status is not None and (status >= 500 or status in (408, 429)):
         return told(StoreGoneError, "the store answers with errors, also after retries; try again later")
     if isinstance(error, exceptions.PreconditionError):
         return told(StoreError, "the object was replaced while it was read; read it again")

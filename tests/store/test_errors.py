@@ -54,7 +54,7 @@ def test_a_word_of_the_key_is_no_answer_of_the_server():
 )
 def test_codes_of_servers(code, kind):
     error = exceptions.GenericError(
-        "Generic S3 error: Error performing PUT http://x/b/k in 1ms - Server returned non-2xx status code: 400 Bad Request: "
-        f'<?xml version="1.0"?>\n<Error><Code>{code}</Code><Message>…</Message></Error>'
+        "Generic S3 error: Error performing PUT http://x/b/k in 1ms - Server returned non-2xx status code: 400 Bad "
+        f'Request: <?xml version="1.0"?>\n<Error><Code>{code}</Code><Message>…</Message></Error>'
     )
     assert type(translate(error, store="s3://b", key="k", writing=True)) is kind
