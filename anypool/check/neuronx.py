@@ -112,7 +112,9 @@ def one_core(traced: Any, devices: int) -> bytes:
         found = sorted(Path(folder).glob("*after_spmd-partitioning*.hlo.pb"))
         if not found:
             raise RuntimeError("XLA left no dump of its partitioner: this version of JAX names the pass otherwise")
-        return found[-1].read_bytes()
+        # A dump is an HloProto, whose first field is the module.
+        module: bytes = next(value for field, _, value in _fields(found[-1].read_bytes()) if field == 1)
+        return module
 
 
 # An HloModuleProto is rewritten by its wire format: the schema comes with no package of ours.
@@ -136,6 +138,8 @@ def renumbered(module: bytes) -> bytes:
         if inner == _COMPUTATION_INSTRUCTION
     ]
     old = [next(value for name, _, value in _fields(held) if name == _INSTRUCTION_ID) for held in instructions]
+    if not old:
+        raise ValueError("there are no instructions in it: this is no serialized HloModuleProto")
     numbers = {number: place for place, number in enumerate(old, start=1)}
 
     def instruction(field: int, kind: int, value: Any) -> Any:

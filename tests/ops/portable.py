@@ -1,13 +1,15 @@
-"""What StableHLO must not hold for Trainium's compiler to take it: patterns of a line, and what they mean."""
+"""Whether a lowered program keeps to what Trainium's compiler takes, by the rules of `anypool check`."""
 
-FORBIDDEN = (
-    (r"stablehlo\.sort|chlo\.top_k", "sort and top-k"),
-    (r"stablehlo\.(case|if)\b", "data-dependent branches"),
-    (r"tensor<[^>]*(f64|complex)", "f64 and complex"),
-    (r"custom_call", "custom calls"),
-    (r"stablehlo\.(rng|infeed|outfeed|send|recv)\b", "stateful random numbers and host transfers"),
-    (r"stablehlo\.reduce\(.* init: .* init: ", "reductions of several operands"),
-    (r"dot_general.*tensor<[^>]*x[su]?i\d+>", "integer products"),
-    (r"stablehlo\.dynamic_(reshape|broadcast_in_dim|iota|pad|gather)", "dynamic shapes"),
-    (r"tensor<[^>]*[su]?i64>", "64-bit integers"),
-)
+from typing import Any
+
+from jax.interpreters import mlir
+from jaxlib.mlir import ir
+
+from anypool.check import errors, lint
+
+
+def refused(text: str) -> list[str]:
+    """What breaks a rule in a StableHLO module (`lowered.as_text()`): "rule: operation", and nothing if it may pass."""
+    with mlir.make_ir_context():
+        module: Any = ir.Module.parse(text)
+        return [f"{finding.rule}: {finding.operation}" for finding in errors(lint(module))]
