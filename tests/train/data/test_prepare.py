@@ -1,5 +1,6 @@
 """Texts to rows: nothing lost, found again, gone on with after a kill; and every mistake with its place."""
 
+import contextlib
 import json
 import resource
 import shutil
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -217,8 +219,17 @@ def test_unit_that_fails_leaves_the_others(tmp_path, small, monkeypatch):
     assert everything(prepared.folder) == everything(whole.folder)
 
 
+def workers_of(home):
+    """Processes that were told to work on a folder in there, and are not gone."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes().decode())
+    return [line for line in lines if "anypool.train.data.worker" in line and f"\0{home}/" in line]
+
+
 def test_killed_it_goes_on_and_processes_change_nothing(tmp_path, small, monkeypatch):
-    """A process with two workers is killed by SIGKILL in the middle of it; the next one has only the rest to do."""
+    """With two workers it is killed by SIGKILL in the middle of it: they end too, and the next one does the rest."""
     source = write(tmp_path / "a.jsonl", texts(3000))
     code = (
         "import sys; from pathlib import Path\n"
@@ -233,8 +244,12 @@ def test_killed_it_goes_on_and_processes_change_nothing(tmp_path, small, monkeyp
     while not list((tmp_path / "home").glob("*/unit-*.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
+    assert workers_of(tmp_path / "home")
     process.send_signal(signal.SIGKILL)
     process.wait()
+    while workers_of(tmp_path / "home"):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
     monkeypatch.setattr(MODULE, "SMALLEST_UNIT", 4000)
     monkeypatch.setattr(MODULE, "ROWS_OF_A_UNIT", 1)
     prepared = prepare(source, small, tmp_path / "home", sequence_length=32, workers=1)
