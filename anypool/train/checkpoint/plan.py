@@ -176,20 +176,11 @@ def make_plan(
     return Plan(written, _files("optimizer", optimizer, max_shard_bytes))
 
 
-def leaves_of(state: Any, specs: Any) -> tuple[list[Leaf], list[Any]]:
-    """The arrays of a state (params and moments), and what is known of each.
+def sections(state: Any, specs: Any) -> Iterator[tuple[str, Spec, Any]]:
+    """(section, spec, array) for every array of a state, parameters first.
 
     specs: a tree of `Spec` like that of the parameters. Where a moment's tree has None there is no array.
     """
-    leaves, arrays = [], []
-    for section, spec, array in sections(state, specs):
-        leaves.append(Leaf.of(section, spec, array))
-        arrays.append(array)
-    return leaves, arrays
-
-
-def sections(state: Any, specs: Any) -> Iterator[tuple[str, Spec, Any]]:
-    """(section, spec, array) for every array of a state, parameters first."""
     for section, tree in ((WEIGHTS, state.params), (MU, state.moments.mu), (NU, state.moments.nu)):
         pairs = beside(specs, _Pair, tree)
         yield from ((section, pair.spec, pair.array) for pair in jax.tree.leaves(pairs) if pair.array is not None)

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 import anypool
+from anypool.models.params import Spec
 from anypool.store import Leases, NotFoundError, Store, load
 from anypool.train.checkpoint import names
 from anypool.train.checkpoint.chain import Folders, base_of, chain, current_epoch
@@ -26,7 +27,7 @@ from anypool.train.checkpoint.contents import Contents, Progress, small_file
 from anypool.train.checkpoint.errors import CheckpointError, UncommittedError
 from anypool.train.checkpoint.keep import Policy, delete_folder, superfluous
 from anypool.train.checkpoint.names import Place
-from anypool.train.checkpoint.plan import File, Leaf, Plan, beside, leaves_of, make_plan, sections
+from anypool.train.checkpoint.plan import File, Leaf, Plan, beside, make_plan, sections
 from anypool.train.checkpoint.restore import Verify, Wanted, read_arrays
 from anypool.train.checkpoint.second import SecondCopy
 from anypool.train.checkpoint.snapshot import Snapshot, snapshot
@@ -53,7 +54,7 @@ class CheckpointInfo:
 class Pending:
     """A save that goes on beside the training.
 
-    stall_seconds: what copying the state took, during which no step ran; waiting for the steps before is not in it.
+    stall_seconds: what planning and copying took, during which no step ran; waiting for the steps before is not in it.
     waited_seconds: for the save before, which was still going on. num_bytes: of this host's files with tensors.
     """
 
@@ -108,7 +109,7 @@ class Checkpoints:
         first = self._hosts.host == 0
         self._second = SecondCopy(store, copy_to, report) if copy_to is not None and first else None
         self._pending: Pending | None = None
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, tuple[list[Leaf], Plan]] = {}
 
     def save(self, state: Any, specs: Any, *, step: int, epoch: int, known: Mapping[str, Any] | None = None) -> Pending:
         """Copy the state to the host and write it beside the training. The state may be given to the next step at once.
@@ -126,20 +127,19 @@ class Checkpoints:
         waiting = time.perf_counter()
         self.wait()
         waited = time.perf_counter() - waiting
-        leaves, arrays = leaves_of(state, specs)
-        plan = self._plan(leaves, arrays)
+        described = list(sections(state, specs))
+        arrays = [array for _, _, array in described]
         jax.block_until_ready(arrays)
         done = int(np.asarray(state.step.addressable_data(0)))
         if done != step:
-            raise CheckpointError(
-                f"step is {step}, and the state has done {done} steps; give the state of that step"
-            )
+            raise CheckpointError(f"step is {step}, and the state has done {done} steps; give the state of that step")
         stalled = time.perf_counter()
+        leaves, plan = self._plan(described)
         taken = snapshot(leaves, arrays, plan, self._hosts.host)
         attempt = self._attempt()
-        stall = time.perf_counter() - stalled
         place = Place(epoch, step)
         run = self._run_record(place, arrays, dict(known or {}))
+        num_bytes = taken.num_bytes
         future: Future[int] = Future()
         Thread(
             target=self._finish,
@@ -147,14 +147,19 @@ class Checkpoints:
             name=f"save {place.folder}",
             daemon=True,
         ).start()
-        self._pending = Pending(step, epoch, place.folder, stall, waited, taken.num_bytes, future)
+        stall = time.perf_counter() - stalled
+        self._pending = Pending(step, epoch, place.folder, stall, waited, num_bytes, future)
         return self._pending
 
     def wait(self) -> None:
         """Until the save that is going on, if any, is committed. Raises what went wrong with it, once."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
         if pending is not None:
-            pending.wait()
+            try:
+                pending.wait()
+            finally:
+                if pending.done:  # else this wait was interrupted
+                    self._pending = None
 
     def close(self) -> None:
         """Wait for everything, the second copy too. Raises what went wrong with the last save."""
@@ -231,14 +236,18 @@ class Checkpoints:
             return None
         return CheckpointInfo(place.step, place.epoch, place.folder, manifest.known.get("known", {}))
 
-    def _plan(self, leaves: list[Leaf], arrays: list[Any]) -> Plan:
-        key = tuple((leaf.section, leaf.spec.name, leaf.shape, array.dtype, array.sharding) for leaf, array in
-                    zip(leaves, arrays, strict=True))  # fmt: skip
+    def _plan(self, described: list[tuple[str, Spec, Any]]) -> tuple[list[Leaf], Plan]:
+        """Made anew only if the state is divided in another way than at the last save."""
+        key = tuple(
+            (section, spec.name, array.shape, array.dtype, array.sharding) for section, spec, array in described
+        )
         if key not in self._plans:
             assert self._files is not None
             dtype = np.dtype(jax.numpy.dtype(self.policy.dtype))
             adapter = names.ADAPTER_CONFIG in self._files
-            self._plans = {key: make_plan(leaves, self._hosts.count, dtype, self.policy.max_shard_bytes, adapter)}
+            leaves = [Leaf.of(*one) for one in described]
+            plan = make_plan(leaves, self._hosts.count, dtype, self.policy.max_shard_bytes, adapter)
+            self._plans = {key: (leaves, plan)}
         return self._plans[key]
 
     def _attempt(self) -> str:
@@ -297,6 +306,7 @@ class Checkpoints:
         used = self._second.used() if self._second is not None else set()
         for old in superfluous(self.policy, Folders.of(self.store), now, place, used):
             delete_folder(self.store, old)
+        self.store.sweep()  # of writers that were killed
 
 
 def _object(taken: Snapshot, file: File) -> Object:

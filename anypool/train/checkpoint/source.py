@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,6 +14,8 @@ from anypool.train.checkpoint import names
 from anypool.train.checkpoint.errors import ArchitectureError, CheckpointError
 
 CONFIG = "config.json"
+
+_KEY = re.compile(r"[A-Za-z0-9._=+@,\-/]+")  # what a store takes; a model's own files are called so
 
 _KEPT = (
     "*.json",
@@ -34,10 +37,10 @@ _ADAPTER_FIELDS = ("r", "lora_alpha", "target_modules")
 def model_files(directory: Path) -> dict[str, bytes]:
     """Configuration and tokenizer of a Hugging Face directory, by name. Raises CheckpointError if there is neither."""
     files = {}
-    for path in sorted(directory.rglob("*")):
+    for path in sorted({path for pattern in _KEPT for path in directory.glob(pattern)}):
         name = path.relative_to(directory).as_posix()
-        kept = any(fnmatch(name, pattern) for pattern in _KEPT if name.count("/") == pattern.count("/"))
-        if kept and path.is_file() and not any(fnmatch(name, pattern) for pattern in _NOT_KEPT):
+        left = any(fnmatch(name, pattern) for pattern in _NOT_KEPT)
+        if path.is_file() and _KEY.fullmatch(name) and not left:
             files[name] = path.read_bytes()
     return check_files(files, str(directory))
 

@@ -1,6 +1,7 @@
 """States whose every number is known, and the checkpoints of a tiny run."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 
 from anypool.models.params import Spec
 from anypool.ops.kernels import reference
-from anypool.store import Store
+from anypool.store import Manifest, Store, commit
+from anypool.store.manifest import hash_of
 from anypool.train import MeshShape, StepConfig, TrainState, TrainStep, make_mesh
 from anypool.train.checkpoint import Checkpoints, Policy
+from anypool.train.checkpoint.names import Place
 from anypool.train.optimizer import Moments
 from tests.train.conftest import MODEL, step_config
 
@@ -79,3 +82,18 @@ def checkpoints(store: Store | Path, **changes: Any) -> Checkpoints:
     policy = Policy(**{name: changes.pop(name) for name in Policy.__dataclass_fields__ if name in changes})
     store = store if isinstance(store, Store) else Store.open(str(store))
     return Checkpoints(store, changes.pop("files", FILES), policy, **changes)
+
+
+def commit_with_index(root: Path, folder: str, change: Callable[[dict[str, str]], Any]) -> None:
+    """Commits a checkpoint again, as if its writer had made another index of the optimizer."""
+    path = root / folder / "optimizer.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    (root / folder / "manifest.json").unlink()
+    store = Store.open(str(root))
+    step = Place.parse(folder)
+    assert step is not None
+    below = store.at(folder)
+    records = {entry.key: hash_of(below, entry.key) for entry in below.list()}
+    commit(store, folder, Manifest(records, {"format": 1, "step": step.step}))

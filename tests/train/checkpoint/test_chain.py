@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anypool.store import LeaseLostError, Leases, Manifest, Store, commit
+from anypool.store import LeaseLostError, Leases, Manifest, NotFoundError, Store, commit
 from anypool.store.leases import Holder
 from anypool.train.checkpoint import CheckpointError, Policy
 from anypool.train.checkpoint.chain import Folders, chain
@@ -65,24 +65,32 @@ class Run:
         return self.history[max(number for number in self.history if number <= epoch)]
 
 
-EPOCHS = st.integers(1, 6)
+# Epochs are counted back from the current one: 0 is the holder, the others were fenced.
+BACK = st.integers(0, 2)
 EVENTS = st.one_of(
-    st.just(("take",)),
-    st.tuples(st.just("begin"), EPOCHS),
-    st.tuples(st.just("commit"), EPOCHS, st.integers(1, 3)),
-    st.tuples(st.just("leave"), EPOCHS, st.integers(1, 9)),
+    st.tuples(st.just("take"), st.booleans()),
+    st.tuples(st.just("begin"), BACK),
+    st.tuples(st.just("commit"), BACK, st.integers(1, 3)),
+    st.tuples(st.just("commit"), BACK, st.integers(1, 3)),
+    st.tuples(st.just("leave"), BACK, st.integers(1, 9)),
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(EVENTS, max_size=25))
+@given(st.lists(EVENTS, min_size=4, max_size=25))
 def test_late_commits_of_fenced_trainers_never_count(events):
     run = Run()
-    for name, *arguments in events:
-        if name == "leave":  # a folder without a manifest
-            run.store.put(f"{Place(*arguments).folder}/run.json", b"{}")
+    run.take(), run.begin(1)
+    for name, argument, *more in events:
+        epoch = max(1, run.epoch - argument)
+        if name == "take":
+            run.take()
+            if argument:  # else it may say later what it starts from, or never
+                run.begin(run.epoch)
+        elif name == "leave":  # a folder without a manifest
+            run.store.put(f"{Place(epoch, *more).folder}/run.json", b"{}")
         else:
-            getattr(run, name)(*arguments)
+            getattr(run, name)(epoch, *more)
         found = checkpoints(run.store).committed()
         assert [Place(info.epoch, info.step) for info in found] == run.expected(run.epoch)[::-1]
         latest = checkpoints(run.store).latest()
@@ -102,6 +110,14 @@ def test_a_zombie_that_commits_after_the_takeover():
     run.commit(2, 50)
     run.take(), run.begin(4)
     assert checkpoints(run.store).latest().folder == "checkpoints/step-00000300-e2"
+
+
+def test_a_lost_record_of_what_an_epoch_started_from():
+    def base(epoch):
+        raise NotFoundError(f"no record of {epoch}")
+
+    places = [Place(epoch, step) for epoch in (1, 2) for step in (5, 9)]
+    assert chain(places, 3, base) == [Place(2, 9), Place(2, 5)]  # what came before epoch 2 is unknown
 
 
 def test_a_run_that_nobody_took():

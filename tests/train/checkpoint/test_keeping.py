@@ -1,5 +1,6 @@
 """Old checkpoints go, and a second store gets the new ones."""
 
+import os
 import shutil
 import threading
 
@@ -54,6 +55,16 @@ def test_what_an_epoch_started_from_stays_until_it_has_its_own(tmp_path):
     assert folders(tmp_path) == ["step-00000002-e1", "step-00000003-e2"]
     save(saver, 4, epoch=2)
     assert folders(tmp_path) == ["step-00000003-e2", "step-00000004-e2"]
+
+
+def test_what_killed_writers_left_is_swept(tmp_path):
+    saver = checkpoints(tmp_path)
+    save(saver, 1)
+    left = tmp_path / "checkpoints/step-00000001-e1/model-00001-of-00001.safetensors#3"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    save(saver, 2)
+    assert not left.exists() and len(saver.committed()) == 2
 
 
 def test_a_folder_is_deleted_manifest_first(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from anypool.store import Store
+from anypool.train.checkpoint import MissingTensorError
 from anypool.train.checkpoint.names import parse_entry
-from tests.train.checkpoint.states import checkpoints, equal, numbers, placed, step_on
+from tests.train.checkpoint.states import checkpoints, commit_with_index, equal, numbers, placed, step_on
 
 
 def save(step: int, mesh: str, layers: str = "scan") -> dict[str, Any]:
@@ -123,6 +125,21 @@ def test_weights_are_whole_and_the_optimizer_is_in_slices(two_hosts):
         if tensor_name == "mu.model.embed_tokens.weight":
             together[tuple(slice(*axis) for axis in region)] = tensor
     assert np.array_equal(together, expected.moments.mu.embed)
+
+
+def test_a_slice_that_is_missing(two_hosts, tmp_path):
+    root, folder = shutil.copytree(two_hosts[0], tmp_path / "run"), "checkpoints/step-00000002-e1"
+
+    def forget(weight_map):
+        del weight_map["mu.model.embed_tokens.weight#0:48,16:32"]
+
+    commit_with_index(root, folder, forget)
+    saver, step = checkpoints(root), step_on("")
+    (info,) = (info for info in saver.committed() if info.step == 2)
+    with pytest.raises(
+        MissingTensorError, match=r"the slices of mu\.model\.embed_tokens\.weight lack 768 of the values"
+    ):
+        saver.restore(info, step.abstract_state(), step.config.specs)
 
 
 def test_the_run_is_known_and_no_device_is(two_hosts):

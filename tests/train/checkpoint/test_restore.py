@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from anypool.store import CorruptObjectError, Manifest, Store, commit, load
-from anypool.store.manifest import hash_of
 from anypool.train.checkpoint import ArchitectureError, CheckpointError, MissingTensorError, UncommittedError
-from tests.train.checkpoint.states import FILES, checkpoints, equal, numbers, placed, step_on
+from tests.train.checkpoint.states import FILES, checkpoints, commit_with_index, equal, numbers, placed, step_on
 from tests.train.conftest import MODEL
 
 STEP = step_on("")
@@ -166,19 +165,6 @@ def test_a_checkpoint_of_another_optimizer(tmp_path):
         restore(tmp_path)
 
 
-def spoil_index(root, change):
-    """Commits the checkpoint again, with the optimizer's index changed by its writer."""
-    folder = folder_of(root)
-    path = folder / "optimizer.safetensors.index.json"
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    (folder / "manifest.json").unlink()
-    store = Store.open(str(root)).at("checkpoints/step-00000001-e1")
-    path.write_text(json.dumps(index))
-    records = {name: hash_of(store, name) for name in all_files(root)}
-    commit(Store.open(str(root)), "checkpoints/step-00000001-e1", Manifest(records, {"format": 1, "step": 1}))
-
-
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -192,7 +178,7 @@ def spoil_index(root, change):
     ],
 )
 def test_indexes_that_say_something_else_than_the_files(change, error, message, root):
-    spoil_index(root, change)
+    commit_with_index(root, "checkpoints/step-00000001-e1", change)
     with pytest.raises(error, match=re.escape(message)):
         restore(root)
 

@@ -260,7 +260,9 @@ def test_a_report_of_an_earlier_attempt_does_not_count():
     stale = on_threads(host(store, 1, {"b": b"old"}, attempt="zero", patience=0.3))
     assert isinstance(stale[0], HostsMissingError)
     Report("zero", {}, complete=True).save(store.at("folder"), 1)
-    assert on_threads(host(store, 0, {"a": b"1"}), host(store, 1, {"b": b"new"})) == [1, 3]
+    alone = on_threads(host(store, 0, {"a": b"1"}, patience=0.3))
+    assert isinstance(alone[0], HostsMissingError) and not store.exists("folder/manifest.json")
+    assert on_threads(host(store, 0, {"a": b"1"}), host(store, 1, {"b": b"new"})) == [0, 3]
     assert store.get("folder/b") == b"new" and isinstance(load(store, "folder"), Manifest)
 
 
