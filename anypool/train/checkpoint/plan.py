@@ -123,7 +123,11 @@ class Plan:
         return self.weights + self.optimizer
 
     def indexes(self) -> dict[str, dict[str, Any]]:
-        """The files that say where a tensor is, in Hugging Face's form."""
+        """The files that say where a tensor is, in Hugging Face's form.
+
+        The weights have one even if they are one file: vLLM and SGLang load what it names, and every *.safetensors
+        that they find, the optimizer's too, where there is none.
+        """
         found = {names.OPTIMIZER_INDEX: _index(self.optimizer)}
         if [file.name for file in self.weights] != [names.ADAPTER]:  # which has no index
             found[names.MODEL_INDEX] = _index(self.weights)
