@@ -138,8 +138,9 @@ class TrainStep:
         """One update. The state is donated, but for what is frozen: its arrays are gone afterwards.
 
         A step whose loss or gradient norm is not finite, or whose gradient norm is above `skip_norm`, leaves parameters
-        and moments as they are in every bit, and only counts. What follows it is as if the step had been made: the
-        learning rate and Adam's correction of its first updates go by the steps done, skipped or not.
+        and moments as they are in every bit, and only counts. The learning rate and the correction of young moments go
+        by the steps done, skipped or not, so that one number says where a run is. After n updates in t steps that
+        makes Adam's at most sqrt((1 - beta2^t) / (1 - beta2^n)) times as long as if it had counted updates.
 
         skip_norm: f32 (); a new value compiles nothing.
 
@@ -351,6 +352,7 @@ class TrainStep:
             chunks,
             mesh["sequence"],
             lambda logits: mark.constrain(logits, ROWS, ("sequence",), None, ("tensor",)),
+            self.kernels,
         )
 
     def _cast(self, params: Decoder) -> Decoder:
