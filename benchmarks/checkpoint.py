@@ -102,6 +102,7 @@ def disk_rates(
     for _ in range(rounds):
         for sync in (False, True):
             suffix = ", to the disk" if sync else ""
+            path.unlink(missing_ok=True)
             os.sync()
             time_of(f"plain write{suffix}", partial(plain_write, path, pieces, sync))
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -16,7 +16,7 @@ from anypool.models.params import shapes, specs
 from anypool.train import TrainState
 from anypool.train.checkpoint import CheckpointError
 from anypool.train.checkpoint.source import model_files
-from anypool.train.lora import LoraConfig
+from anypool.train.lora import LoraConfig, adapter_config, load_adapter
 from anypool.train.lora import specs as adapters
 from anypool.train.optimizer import Moments
 from tests.train.checkpoint.states import FILES, checkpoints, numbers, placed, step_on
@@ -121,13 +121,13 @@ def test_tied_embeddings_are_written_once(tmp_path):
 
 
 def test_an_adapter_is_one_file(tmp_path):
-    declared = adapters(MODEL, LoraConfig(rank=2, modules=("q_proj", "down_proj")), stacked=True)
+    declared = adapters(MODEL, LoraConfig(rank=2), stacked=True)
 
     def arrays(seed):
         return jax.tree.map(lambda spec: jax.numpy.full(spec.shape, seed, "float32"), declared)
 
     state = TrainState(jax.numpy.int32(4), arrays(1), Moments(arrays(2), arrays(3)))
-    config = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "down_proj"], "peft_type": "LORA"}
+    config = adapter_config(LoraConfig(rank=2, alpha=4), "base")
     files = {"adapter_config.json": json.dumps(config).encode()}
     saver = checkpoints(tmp_path, files=files, max_shard_bytes=100)
     folder = tmp_path / saver.save(state, declared, step=4, epoch=1).folder
@@ -135,7 +135,10 @@ def test_an_adapter_is_one_file(tmp_path):
     assert not list(folder.glob("model*"))
     tensors = load_file(folder / "adapter_model.safetensors")
     assert tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"].shape == (2, 48)
-    assert len(tensors) == MODEL.num_layers * 2 * 2
+    assert len(tensors) == MODEL.num_layers * 7 * 2
+    settings, read = load_adapter(folder, MODEL, stacked=True)
+    assert settings == LoraConfig(rank=2, alpha=4)
+    assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (read, state.params)), strict=True))
     restored = saver.restore(saver.latest(), state, declared)
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True))
 
