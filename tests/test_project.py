@@ -71,4 +71,4 @@ def test_install_without_a_python_that_fits_says_which_ones_do():
 def test_install_with_an_unknown_extra_names_the_known_ones():
     result = install(EXTRA="cuba")
     assert result.returncode == 2
-    assert "EXTRA=cuba is unknown; there are: tpu, cuda, rocm, ray, peers" in result.stderr
+    assert "EXTRA=cuba is unknown; there are: tpu, cuda, rocm, ray, wandb, peers" in result.stderr

@@ -71,8 +71,9 @@ POOLS = {
     "a": 'topology = "4"\nmesh = "fsdp=2,tensor=2"\n',
     "b": 'topology = "2"\nmesh = "fsdp=2"\n',
     "c": 'topology = "4"\nmesh = "fsdp=2,tensor=2"\n',
+    "h": 'topology = "2"\nhosts = 2\nmesh = "fsdp=2"\n',
 }
-"""Pools of this machine. c is another pool of a's shape."""
+"""Pools of this machine. c is another pool of a's shape; h is two hosts with a device each."""
 
 
 class DrillError(ValueError):

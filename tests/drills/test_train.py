@@ -56,6 +56,24 @@ def test_a_trainer_that_hangs_counts_as_lost(tmp_path):
     assert sorted(run.samples()) == list(range(1, 21))
 
 
+@pytest.mark.timeout(600)
+def test_two_hosts_hold_a_run_together_and_one_is_lost(tmp_path):
+    run = DrillRun(tmp_path, "hosts", steps=20, seed=0, pools="hb", throttle=0.05)
+    try:
+        run.start()
+        run.wait("step", lambda event: event["step"] >= 7)
+        first, second = run.controller.trainer.pids
+        os.kill(second, signal.SIGKILL)
+        assert run.wait("starting")["pool"] == "b"
+        assert run.wait("restored")["step"] == 5
+        assert run.wait("gate")["passed"]
+        run.finish()
+    finally:
+        run.stop()
+    assert first != second
+    assert sorted(run.samples()) == list(range(1, 21))
+
+
 @pytest.mark.parametrize(
     ("faults", "steps", "message"),
     [(["mov"], 40, "fault 'mov' is unknown; there are move, "), (None, 5, "steps = 5: at least 20")],

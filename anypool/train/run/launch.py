@@ -99,6 +99,11 @@ class TrainerProcess:
         """Of the first process."""
         return self._processes[0].pid
 
+    @property
+    def pids(self) -> list[int]:
+        """Of all its processes, the first one first."""
+        return [process.pid for process in self._processes]
+
     def poll(self) -> int | None:
         """How the trainer ended, None while it runs. It has ended when any of its processes has."""
         codes = [process.poll() for process in self._processes]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from anypool.models import ConfigError, ModelConfig, UnsupportedModelError, resolve
-from anypool.train.data import Mixture, Rows, RowStore, home_dir, prepare, texts_of, train_tokenizer
+from anypool.train.data import Mixture, Rows, RowStore, home_dir, named, prepare, texts_of, train_tokenizer
 from anypool.train.errors import RunFileError
 from anypool.train.run.file import RunFile
 
@@ -52,7 +52,7 @@ def prepare_texts(
             ),
             source.weight,
         )
-        for source in file.data.sources
+        for source in named(file.data.sources)
     ]
     mixture = Mixture([(prepared.train, weight) for prepared, weight in made], seed=file.seed, rows=file.rows)
     stores = [prepared.eval for prepared, _ in made if prepared.eval is not None]
