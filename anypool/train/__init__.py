@@ -1,4 +1,7 @@
-"""Training: so far the step, which other rooms compile, measure and run.
+"""Training: a run that belongs to nobody's chips.
+
+This room's own names are the step, which other rooms compile, measure and run; below it are `data`, `checkpoint`,
+`report` and `run`, each with names of its own.
 
 - `TrainStep(StepConfig, mesh, kernels)`: one update, called or lowered from shapes alone;
 - `OptimizerConfig`, `Schedule`: AdamW and Muon, and their learning rates;
