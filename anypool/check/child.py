@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def main() -> None:
 
 def run(question: Any, platform: str, answer: Answer, run_it: bool) -> None:
     """Lowers, and where there is a compiler compiles, every program of a job."""
+    import jax
+
     from anypool.check import jobs
     from anypool.check.count import count
     from anypool.check.lint import errors, lint_traced
@@ -68,27 +71,29 @@ def run(question: Any, platform: str, answer: Answer, run_it: bool) -> None:
     flops = unknown = 0
     findings: list[dict[str, Any]] = []
     compiled = []
-    for program in jobs.programs(question, mesh, kernels):
-        answer.stage(f"lowering {program.name}")
-        if platform == "neuron":
-            module, found = lint_traced(program.traced, question.chips.chip.name)
-            findings += [asdict(finding) | {"program": program.name} for finding in found]
-            answer.stage("linted", findings=findings)
-            if module is None or errors(found):
-                continue
-            lowered = None
-        else:
-            lowered = program.traced.lower(lowering_platforms=(platform,))
-            module = lowered.compiler_ir("stablehlo")
-        counted = count(_plain(program.name, question, mesh) if _has_kernels(kernels) else module)
-        flops, unknown = flops + counted.flops, unknown + counted.unknown_loops
-        answer.stage(f"compiling {program.name}", flops=flops, unknown_loops=unknown)
-        if lowered is not None:
-            compiled.append((compile_one(program, lowered, question, answer), program.arguments))
-        elif (compiler := neuronx.find()) is not None:
-            compile_for_trainium(program, compiler, question, answer)
-    if run_it and compiled:
-        answer.stage("running one step", measured_seconds=run_once(*compiled[0]))
+    # A TPU's kernels ask the default device which TPU they are for.
+    with jax.default_device(devices[0]) if platform == "tpu" else nullcontext():
+        for program in jobs.programs(question, mesh, kernels):
+            answer.stage(f"lowering {program.name}")
+            if platform == "neuron":
+                module, found = lint_traced(program.traced, question.chips.chip.name)
+                findings += [asdict(finding) | {"program": program.name} for finding in found]
+                answer.stage("linted", findings=findings)
+                if module is None or errors(found):
+                    continue
+                lowered = None
+            else:
+                lowered = program.traced.lower(lowering_platforms=(platform,))
+                module = lowered.compiler_ir("stablehlo")
+            counted = count(_plain(program.name, question, mesh) if _has_kernels(kernels) else module)
+            flops, unknown = flops + counted.flops, unknown + counted.unknown_loops
+            answer.stage(f"compiling {program.name}", flops=flops, unknown_loops=unknown)
+            if lowered is not None:
+                compiled.append((compile_one(program, lowered, question, answer), program.arguments))
+            elif (compiler := neuronx.find()) is not None:
+                compile_for_trainium(program, compiler, question, answer)
+        if run_it and compiled:
+            answer.stage("running one step", measured_seconds=run_once(*compiled[0]))
     answer.stage("done")
 
 

@@ -56,9 +56,7 @@ def compared(kernel: Any, N: int, K: int, H: int, window: int | None, *lengths: 
 )
 def test_splash(N: int, K: int, H: int, window: int | None, lengths: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "LARGEST_BLOCK", 128)  # so that a row is of several blocks
-    packed._kernel.cache_clear()
     compared(SPLASH, N, K, H, window, *lengths)
-    packed._kernel.cache_clear()
 
 
 @pytest.mark.parametrize(

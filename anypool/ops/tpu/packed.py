@@ -6,13 +6,11 @@ position in the segment; both are the same as long as a segment's tokens are nei
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from anypool.ops.need import Need, lacks
@@ -77,7 +75,6 @@ class SplashAttention:
         return jnp.moveaxis(out_BNTH[..., :H], 1, 2).astype(q_BTNH.dtype)
 
 
-@functools.cache
 def _kernel(heads: int, length: int, window: int | None, interpret: bool) -> Any:
     """The kernel for a shape, with its tables of which blocks are seen."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -95,13 +92,10 @@ def _kernel(heads: int, length: int, window: int | None, interpret: bool) -> Any
         block_q_dq=block,
         block_kv_dq=block,
     )
-    with jax.ensure_compile_time_eval():
-        made = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * heads),
-            block_sizes=sizes,
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        # Kept over traces, and for devices that are not here: plain arrays, bound to neither.
-        return jax.tree.map(np.asarray, made)
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
