@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from anypool.ops.attention import PackedAttentionReference
+from anypool.ops.cross_entropy import CrossEntropyReference
 from anypool.ops.linear import LinearReference
 from anypool.ops.mlp import SiluMulReference
 from anypool.ops.need import Need
@@ -37,6 +38,7 @@ class Kernels:
     silu_mul: Any
     paged_attention: Any
     packed_attention: Any
+    cross_entropy: Any
     choices: tuple[Choice, ...]
 
     def report(self) -> dict[str, str]:
@@ -50,6 +52,7 @@ REFERENCES: dict[str, Any] = {
     "silu_mul": SiluMulReference(),
     "paged_attention": PagedAttentionReference(),
     "packed_attention": PackedAttentionReference(),
+    "cross_entropy": CrossEntropyReference(),
 }
 
 
@@ -78,7 +81,7 @@ def choose(
         dtype: of weights, activations and cache.
         head_dim: width of one attention head.
         faster: False takes the reference everywhere.
-        train: only what has a gradient; the attention reported is that of training, not that of serving.
+        train: only what has a gradient; reported are the ops of training, not those of serving.
         heads, kv_heads: query heads and key-value heads of one device.
         window: keys a token sees; None: all before it.
         length: tokens of a row of a training batch.
@@ -93,7 +96,7 @@ def choose(
     for op, fallback in REFERENCES.items():
         kernel, reason = offers.get(op, (fallback, None))
         chosen[op] = kernel if reason is None else fallback
-        if op != ("paged_attention" if train else "packed_attention"):
+        if op not in (("paged_attention",) if train else ("packed_attention", "cross_entropy")):
             choices.append(Choice(op, chosen[op].name, reason))
     return Kernels(**chosen, choices=tuple(choices))
 

@@ -41,6 +41,16 @@ class LinearReference:
         """The projection onto the vocabulary, kept in f32: (..., D) -> (..., V)."""
         return contract(_by_rows(x_D), x_D, weight)
 
+    def logits_back(self, bar_V: Array, x_D: Array, weight: Any) -> tuple[Array, Array]:
+        """Gradients of `logits` in both its arguments, summed in f32 and kept so: f32 (..., D), f32 (V, D).
+
+        bar_V: that of the logits, (..., V) in the dtype of the weight.
+        """
+        lead = "abcefghi"[: x_D.ndim - 1]
+        x_bar = jnp.einsum(f"{lead}v,vd->{lead}d", bar_V, weight, preferred_element_type=jnp.float32)
+        weight_bar = jnp.einsum(f"{lead}v,{lead}d->vd", bar_V, x_D, preferred_element_type=jnp.float32)
+        return x_bar, weight_bar
+
     def embed(self, table: Any, ids: Array) -> Array:
         """Rows of a packed (V, D) table: int ids (...) -> (..., D)."""
         return _rows(table, ids)

@@ -15,10 +15,10 @@ import jax.ffi
 
 from anypool.paths import cache_dir
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cc", "training.cc"))
-HEADER = Path(__file__).with_name("common.h")
-TARGETS = ("linear", "rms_norm", "silu_mul", "blank", "paged_attention")
-TARGETS += ("packed_attention", "packed_attention_back", "rms_norm_back", "silu_mul_back")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernels.cc", "training.cc", "products.cc"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("common.h", "tiles.h"))
+SERVING = ("linear", "rms_norm", "silu_mul", "blank", "paged_attention")
+TRAINING = ("packed_attention", "packed_attention_back", "rms_norm_back", "silu_mul_back", "multiply", "cross_entropy")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-w")
 
 
@@ -36,7 +36,7 @@ def unavailable() -> str | None:
         detail = getattr(error, "stderr", None) or str(error)
         return f"{compiler} could not compile the CPU kernels: {detail.strip().splitlines()[-1][:200]}"
     handle = ctypes.CDLL(str(library))
-    for name in TARGETS:
+    for name in (*SERVING, *TRAINING):
         symbol = f"anypool_{name}"
         jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(handle, symbol)), platform="cpu")
     return None
@@ -46,7 +46,7 @@ def _compile(compiler: str) -> Path:
     """The shared library for these sources, compiler, JAX and processor; compiled if the cache has none."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = hashlib.blake2b(digest_size=8)
-    sources = [file.read_text() for file in (HEADER, *SOURCES)]
+    sources = [file.read_text() for file in (*HEADERS, *SOURCES)]
     for part in (*sources, version, " ".join(FLAGS), jax.__version__, platform.machine(), _processor()):
         key.update(part.encode())
     folder = cache_dir() / "kernels"

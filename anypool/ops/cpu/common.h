@@ -36,7 +36,7 @@ inline Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 
 // e^x for x <= 0 by 2^n * polynomial (Cephes expf, about 2 ulp); below -87 it is 0.
 inline Vec vexp(Vec x) {
-  const Vec floor_x = vmax(x, splat(-87.0f));
+  const Vec floor_x = vmax(splat(-87.0f), x);  // in this order, NaN stays
   Vec n = floor_x * 1.44269504088896341f;
   const Vec magic = splat(12582912.0f);  // adding 1.5 * 2^23 rounds to the nearest integer
   n = (n + magic) - magic;

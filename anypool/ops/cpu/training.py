@@ -13,9 +13,58 @@ import numpy as np
 from jax import Array
 
 from anypool.ops.cpu.calls import MAX_HEAD_DIM, RmsNormCpu, SiluMulCpu, only_f32
+from anypool.ops.linear import LinearReference
 
 
-# B batch  T query position  S key position  N query head  K key-value head  H head width  D model width
+# B batch  T query position  S key position  N query head  K key-value head  H head width
+# D input width  O output width  V vocabulary
+@dataclass(frozen=True)
+class LinearTrain(LinearReference):
+    """x @ w.T with w as (O, D), and both its gradients, without transposing anything in memory."""
+
+    name: str = "cpu"
+
+    def refuses(self, dtype: jnp.dtype, head_dim: int) -> str | None:
+        return only_f32(dtype)
+
+    def apply(self, x_D: Array, *weights: Any) -> tuple[Array, ...]:
+        return tuple(_project(x_D, w) for w in weights)
+
+    def logits(self, x_D: Array, weight: Any) -> Array:
+        return _project(x_D, weight)
+
+    def logits_back(self, bar_V: Array, x_D: Array, weight: Any) -> tuple[Array, Array]:
+        return _project_backward((x_D, weight), bar_V)
+
+
+def _multiply(a: Array, b: Array, a_by_columns: bool = False, b_by_columns: bool = False) -> Array:
+    """a (M, K), or (K, M) if by columns, times b (K, N), or (N, K) if by columns: (M, N)."""
+    shape = (a.shape[1 if a_by_columns else 0], b.shape[0 if b_by_columns else 1])
+    call = jax.ffi.ffi_call("anypool_multiply", jax.ShapeDtypeStruct(shape, jnp.float32))
+    product: Array = call(a, b, a_by_columns=a_by_columns, b_by_columns=b_by_columns)
+    return product
+
+
+@jax.custom_vjp
+def _project(x_D: Array, w_OD: Array) -> Array:
+    out = _multiply(x_D.reshape(-1, x_D.shape[-1]), w_OD, b_by_columns=True)
+    return out.reshape(*x_D.shape[:-1], len(w_OD))
+
+
+def _project_forward(x_D: Array, w_OD: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _project(x_D, w_OD), (x_D, w_OD)
+
+
+def _project_backward(kept: tuple[Array, Array], bar_O: Array) -> tuple[Array, Array]:
+    x_D, w_OD = kept
+    bar = bar_O.reshape(-1, len(w_OD))
+    w_bar = _multiply(bar, x_D.reshape(-1, x_D.shape[-1]), a_by_columns=True)
+    return _multiply(bar, w_OD).reshape(x_D.shape), w_bar
+
+
+_project.defvjp(_project_forward, _project_backward)
+
+
 @dataclass(frozen=True)
 class PackedAttentionCpu:
     """Attention within packed sequences, a tile of queries at a time; on the way back it scores again.
@@ -125,12 +174,34 @@ def _silu_mul_backward(kept: tuple[Array, Array], bar: Array) -> tuple[Array, Ar
 _silu_mul.defvjp(_silu_mul_forward, _silu_mul_backward)
 
 
+@dataclass(frozen=True)
+class CrossEntropyCpu:
+    """A token's logits are read once; their gradient takes their place."""
+
+    name: str = "cpu"
+
+    def refuses(self, dtype: jnp.dtype, head_dim: int) -> str | None:
+        return only_f32(dtype)
+
+    def __call__(self, logits_V: Array, targets: Array, weights: Array, z_loss: float) -> tuple[Array, Array, Array]:
+        logits_TV = logits_V.reshape(-1, logits_V.shape[-1])
+        of_token = jax.ShapeDtypeStruct(logits_TV.shape[:1], jnp.float32)
+        results = (_like(logits_TV), of_token, of_token)
+        call = jax.ffi.ffi_call("anypool_cross_entropy", results, input_output_aliases={0: 0})
+        bar_TV, entropy_T, z_T = call(
+            logits_TV, targets.reshape(-1).astype(jnp.int32), weights.reshape(-1), c=np.float32(z_loss)
+        )
+        return jnp.sum(entropy_T), jnp.sum(z_T), bar_TV.reshape(logits_V.shape)
+
+
 def _like(x: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 TRAINING: dict[str, Any] = {
+    "linear": LinearTrain(),
     "rms_norm": RmsNormTrain(),
     "silu_mul": SiluMulTrain(),
     "packed_attention": PackedAttentionCpu(),
+    "cross_entropy": CrossEntropyCpu(),
 }
