@@ -125,7 +125,7 @@ def test_a_persons_session(tmp_path):
         until(lambda: steps_on("a") >= 5)
         code, _, errors = Command(path).end()
         assert code == 2
-        assert f"process {first.process.pid} on" in errors and "since" in errors
+        assert f"is held by pool 'a' (process {first.process.pid} on" in errors and "since" in errors
         assert "--move-to POOL" in errors and "Traceback" not in errors
         code, out, errors = Command(path, "--move-to", "b").end()
         assert code == 0, errors

@@ -9,6 +9,8 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from types import FrameType
 from typing import Any
 
@@ -18,7 +20,7 @@ from rich.progress import Progress as Bars
 
 from anypool.models import ModelConfig
 from anypool.progress import Reporter, bars
-from anypool.store import LeaseHeldError, Leases, Store, StoreError
+from anypool.store import Lease, LeaseHeldError, Leases, Store, StoreError
 from anypool.train.checkpoint import Checkpoints
 from anypool.train.errors import RunFailedError, RunFileError
 from anypool.train.report import Progress
@@ -31,6 +33,8 @@ from anypool.train.sharding import check_divides
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+SILENT_BEATS = 5
+"""A holder that missed so many heartbeats has most likely died."""
 STOPPED_AT_ONCE = 130
 
 
@@ -47,8 +51,10 @@ def train(path: str, *, pool: str | None, move_to: str | None, take_over: bool, 
             file.pool(name)
     try:
         store = directory.store_of(file)
-        if move_to is not None and (mover := _alive(file, store)) is not None:
-            return _ask_to_move(file, store, move_to, mover)
+        if move_to is not None and (held := _held(file, store)) is not None:
+            return _ask_to_move(file, store, move_to, held)
+        if not take_over:
+            _refuse_a_live_holder(file, store)
         return _control(file, store, move_to or pool, take_over, format)
     except LeaseHeldError as error:
         raise RunFailedError(
@@ -141,34 +147,61 @@ def _print_end(file: RunFile, store: Store, how: str, format: str) -> None:
         print("  go on       the same command")
 
 
-def _alive(file: RunFile, store: Store) -> str | None:
-    """Who holds the run and lives, in words; None if nobody does."""
+@dataclass(frozen=True)
+class _HeldBy:
+    """A holder that counts as alive. last: its last sign of life, unix seconds."""
+
+    lease: Lease
+    last: float
+
+    def __str__(self) -> str:
+        holder, ago = self.lease.holder, time.time() - self.last
+        since = datetime.fromtimestamp(self.lease.since, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        where = f"process {holder.pid} on {holder.host}, epoch {self.lease.number}, since {since}"
+        return f"pool {holder.pool!r} ({where}, last heartbeat {ago:.0f} s ago)"
+
+
+def _held(file: RunFile, store: Store) -> _HeldBy | None:
+    """Who holds the run and counts as alive; None if nobody does."""
     leases = Leases(store, ttl_seconds=file.watch.lease_seconds)
     lease = leases.current()
     if lease is None or leases.released(lease.number) is not None:
         return None
     beat = leases.heartbeat(lease.number)
-    last = max(lease.since, beat.at if beat else 0.0)
-    if time.time() - last > file.watch.lease_seconds:
-        return None
-    return f"{lease.holder.pool} (process {lease.holder.pid} on {lease.holder.host}, epoch {lease.number})"
+    last = beat.at if beat else lease.since
+    return None if time.time() - last > file.watch.lease_seconds else _HeldBy(lease, last)
 
 
-def _ask_to_move(file: RunFile, store: Store, pool: str, mover: str) -> int:
+def _refuse_a_live_holder(file: RunFile, store: Store) -> None:
+    """Raises RunFailedError if a trainer holds the run. One that has just died is waited for until its lease is over."""
+    told = False
+    while (held := _held(file, store)) is not None:
+        silent = time.time() - held.last
+        if silent < SILENT_BEATS * file.watch.heartbeat_seconds + 1:
+            raise RunFailedError(
+                f"run {file.name!r} is held by {held}. To move it, add --move-to POOL; to take it from that trainer, "
+                "--take-over"
+            )
+        if not told:
+            left = file.watch.lease_seconds - silent
+            log.warning("%s is silent; its lease is over in %.0f s (--take-over does not wait)", held, left)
+            told = True
+        time.sleep(POLL_SECONDS)
+
+
+def _ask_to_move(file: RunFile, store: Store, pool: str, held: _HeldBy) -> int:
     """Asks the controller of a run that another process controls, and waits until it has moved."""
+    if held.lease.holder.pool == pool:
+        raise RunFailedError(f"run {file.name!r} is on {pool} already: {held}")
     leases = Leases(store, ttl_seconds=file.watch.lease_seconds)
-    before = leases.current()
-    assert before is not None, "somebody lives"
-    if before.holder.pool == pool:
-        raise RunFailedError(f"run {file.name!r} is on {pool} already: {mover}")
     key = requests.ask_to_move(store, pool)
-    print(f"asked {mover} to move to {pool}")
+    print(f"asked {held} to move to {pool}")
     while True:
         now = leases.current()
-        if now is not None and now.number > before.number and now.holder.pool == pool:
+        if now is not None and now.number > held.lease.number and now.holder.pool == pool:
             print(f"moved: {pool} holds the run as epoch {now.number}")
             return 0
-        if requests.is_waiting(store, key) and _alive(file, store) is None:
+        if requests.is_waiting(store, key) and _held(file, store) is None:
             store.delete(key)
-            raise RunFailedError(f"{mover} ended before it read the request; give the same command again")
+            raise RunFailedError(f"{held} ended before it read the request; give the same command again")
         time.sleep(POLL_SECONDS)

@@ -76,9 +76,7 @@ class SmallRun:
     ) -> None:
         words = "\n\n".join(f"The number {n} comes after the number {n - 1}." for n in range(1, 400))
         (folder / "words.txt").write_text(words)
-        text = TEXT.format(model=model, learning_rate=learning_rate, more=more).replace(
-            "steps = 12", f"steps = {steps}"
-        )
+        text = TEXT.format(model=model, learning_rate=learning_rate, more=more, steps=steps)
         self.file: RunFile = parse_run(text, file="run.toml", folder=folder)
         self.store: Store = directory.store_of(self.file)
         self.said: list[dict[str, Any]] = []
