@@ -173,7 +173,7 @@ def _held(file: RunFile, store: Store) -> _HeldBy | None:
 
 
 def _refuse_a_live_holder(file: RunFile, store: Store) -> None:
-    """Raises RunFailedError if a trainer holds the run. One that has just died is waited for until its lease is over."""
+    """Raises RunFailedError if a trainer holds the run; one that has just died is waited for."""
     told = False
     while (held := _held(file, store)) is not None:
         silent = time.time() - held.last
