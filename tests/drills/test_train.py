@@ -138,7 +138,7 @@ def test_a_persons_session(tmp_path):
     finally:
         first.process.kill()
     stopped_at = Checkpoints(run.store, None).latest().step
-    assert leases.released(leases.current().number) == "stopped"
+    assert leases.released(leases.current().number) == f"asked to, after step {stopped_at}"
     # 400 steps were only there to have time.
     (tmp_path / "person.toml").write_text(
         (tmp_path / "person.toml").read_text().replace("steps = 400", f"steps = {stopped_at + 3}")

@@ -60,11 +60,11 @@ class Epoch:
         except BaseException:
             self.recorder.flush()
             raise
-        self.recorder.close(how)
+        self.recorder.close(reason)
         if beats is not None:
             beats.stop()
             if code in (FINISHED, STOPPED):
-                self.leases.release(self.lease, how)
+                self.leases.release(self.lease, reason)
         self.say("refused" if code == REFUSED else "ending", how=how, reason=reason)
         return code
 
@@ -92,7 +92,9 @@ class Epoch:
         finally:
             self.probe.close()
             saver.close()
-        return (FINISHED if how == "finished" else STOPPED), how, f"{how} after step {loop.done}"
+        if how == "finished":
+            return FINISHED, how, how
+        return STOPPED, how, f"asked to, after step {loop.done}"
 
     def _loop(self) -> tuple[Any, Any]:
         """Everything the loop works on, each in its phase."""

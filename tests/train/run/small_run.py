@@ -22,6 +22,7 @@ TEXT = """
 name = "small"
 store = "./store"
 steps = {steps}
+copy_to = "./second"
 
 [model]
 {model}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from anypool.models import Checkpoint, ModelConfig, Tokenizer
+from anypool.store import Store, load, verify
 from anypool.train.checkpoint import Checkpoints
 from anypool.train.errors import RunFileError
 from anypool.train.report import account, read_run
@@ -36,7 +37,7 @@ def after(run: SmallRun, steps: int):
 
 
 def test_a_run_from_nothing_to_its_last_step(tmp_path):
-    run = SmallRun(tmp_path)
+    run = SmallRun(tmp_path, more='[show]\ntensorboard = "./board"')
     assert run.train() == FINISHED
     steps = run.events("step")
     assert [event["step"] for event in steps] == list(range(1, 13))
@@ -49,6 +50,10 @@ def test_a_run_from_nothing_to_its_last_step(tmp_path):
     assert ModelConfig.load(folder).hidden_size == 16
     assert Checkpoint.open(folder)["model.embed_tokens.weight"].dtype == np.float32
     assert Tokenizer.load(folder).encode("The number")
+    # The second store has the newest one, whole.
+    second = Store.open(str(tmp_path / "second")).at("runs/small")
+    verify(second, last.folder, load(second, last.folder))
+    assert list((tmp_path / "board" / "small").glob("events.out.tfevents.*"))
     told = account(read_run(run.store))
     assert told.cost().complete and told.cost().usd > 0
 
