@@ -20,7 +20,8 @@ from anypool.paths import cache_dir
 
 POLL_SECONDS = 0.2
 LOG_TAIL = 1500
-COMMAND = (sys.executable, "-m", "anypool.check.child")
+COMMAND = (sys.executable, "-P", "-m", "anypool.check.child")
+"""-P: a file in the user's folder that is called as a module of ours, or of Python's, is not taken for it."""
 
 Stage = Callable[[str], None]
 """Called with what the process does next."""

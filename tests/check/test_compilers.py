@@ -1,5 +1,6 @@
 """The vendors' compilers, where they are installed; and how they are found and installed."""
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from anypool.check import CheckError, CompilerMissingError, Options, Running, ch
 from anypool.check.compilers import INSTALLABLE, LOCKS
 from anypool.check.gpu import target_description
 from anypool.chips import chips, load_chip
+from tests.check.conftest import SMALL
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = compilers.home()  # the user's own; the tests' cache is empty
@@ -40,6 +42,30 @@ def test_a_decode_step_compiles_for_a_chip_that_is_not_here(compiler: str, small
     assert {axis for collective in result.collectives for axis in collective["axes"]} == {"tensor"}
     words = {"tpu": "compiled with libtpu", "cuda": "compiled with jax-cuda12", "rocm": "code generation only"}
     assert result.proof.startswith(words[compiler])
+
+
+@pytest.mark.parametrize(
+    ("compiler", "job", "kernel", "call"),
+    [
+        ("tpu", "decode", "pallas ragged paged", "tpu_custom_call"),
+        ("tpu", "train", "pallas splash", "tpu_custom_call"),
+        ("cuda", "train", "pallas triton", "__gpu$xla.gpu.triton"),
+        ("rocm", "train", "pallas triton", "__gpu$xla.gpu.triton"),
+    ],
+    indirect=["compiler"],
+)
+def test_a_faster_attention_is_compiled_and_reported(
+    compiler: str, job: str, kernel: str, call: str, tmp_path: Path, running: Running
+) -> None:
+    """One layer with heads of 128, over a mesh; the compiled program has the kernel in it."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(SMALL | {"num_hidden_layers": 1, "head_dim": 128}))
+    options = Options((job,), batch=4, seq=128, mesh="tensor=2" if job == "decode" else None)
+    _, (result,) = check(str(file), TARGETS[compiler], options, running)
+    assert result.verdict == "fits", result.reason
+    assert kernel in result.kernels.values()
+    answer = json.loads(next((tmp_path / "cache" / "check").glob("*.json")).read_text())
+    assert answer["programs"][0]["custom_calls"].get(call, 0) > 0, answer["programs"][0]["custom_calls"]
 
 
 @pytest.mark.parametrize("platform", INSTALLABLE)

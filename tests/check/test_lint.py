@@ -58,6 +58,10 @@ def with_print(scores: Any) -> Any:
     return scores
 
 
+def with_f64(scores: Any) -> Any:
+    return scores.astype(jnp.float64) * 2.0
+
+
 def with_sort(scores: Any) -> Any:
     return jnp.sort(scores, axis=-1)
 
@@ -130,6 +134,15 @@ def test_a_changed_model_is_rejected_with_the_rule_and_the_line(change: Any, rul
     line = first + next(i for i, source in enumerate(lines) if text in source and i > 0)
     assert f"{__file__}:{line}" in (found[0].where, *found[0].called_from)
     assert found[0].fix == BY_ID[rule].fix
+
+
+def test_a_model_changed_to_f64_is_rejected_with_the_line() -> None:
+    params = abstract(specs(Decoder, CONFIG), jnp.float32)
+    tokens = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+    with jax.enable_x64(True):
+        found = [f for f in errors(findings(model(with_f64), params, tokens, tokens)) if f.rule == "f64"]
+    line = inspect.getsourcelines(with_f64)[1] + 1
+    assert any(f"{__file__}:{line}" in (f.where, *f.called_from) for f in found)
 
 
 def test_f64_is_rejected() -> None:
