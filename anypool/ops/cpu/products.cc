@@ -8,8 +8,8 @@ using namespace anypool;
 
 namespace {
 
-constexpr int64_t kDepth = 256;        // of a packed block
-constexpr int64_t kBlockRows = 384;    // of a, packed: 384 KiB, in the second cache
+constexpr int64_t kDepth = 192;        // of a packed block
+constexpr int64_t kBlockRows = 768;    // of a, packed: 576 KiB, in the second cache
 constexpr int64_t kBlockColumns = 1024;
 
 #ifdef __clang__
