@@ -14,6 +14,7 @@ from anypool.drills import train
 from anypool.drills.training import DrillError, DrillRun
 from anypool.store import Leases
 from anypool.train.checkpoint import Checkpoints
+from anypool.train.errors import RunFailedError
 from anypool.train.report import CATEGORIES, account, read_run
 from anypool.train.run import directory
 from anypool.train.run.file import load_run
@@ -72,6 +73,28 @@ def test_two_hosts_hold_a_run_together_and_one_is_lost(tmp_path):
         run.stop()
     assert first != second
     assert sorted(run.samples()) == list(range(1, 21))
+
+
+@pytest.mark.timeout(600)
+def test_a_store_that_vanishes_and_comes_back(tmp_path):
+    run = DrillRun(tmp_path, "vanishes", steps=200, seed=0, pools="b", throttle=0.05, lease_seconds=3)
+    away = tmp_path / "away"
+    try:
+        run.start()
+        committed = run.wait("committed", lambda event: event["step"] >= 10)["step"]
+        (tmp_path / "store").rename(away)
+        assert "the folder vanished" in run.wait("commit_failed")["reason"]
+        with pytest.raises(RunFailedError, match=r"no heartbeat could be written for 3 s: .*what was committed is kept"):
+            run.finish()
+    finally:
+        run.stop()
+    away.rename(tmp_path / "store")
+    assert Checkpoints(run.store, None).latest().step >= committed
+    path = tmp_path / "vanishes.toml"
+    path.write_text(path.read_text().replace("steps = 200", f"steps = {committed + 20}"))
+    code, out, errors = Command(str(path), "--format", "json").end()
+    assert code == 0, errors
+    assert json.loads(out)["steps"] == committed + 20
 
 
 @pytest.mark.parametrize(

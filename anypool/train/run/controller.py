@@ -177,7 +177,7 @@ class _Watch:
         self.committed = False
         self.stopping: str | None = None  # "stopped" or "moved", once it was asked
         self.said: dict[str, Any] | None = None  # its own word on why it ends
-        self._alive: float | None = None  # the last heartbeat; a trainer that starts has none yet
+        self._silent = 0.0  # seconds from the last heartbeat to the last look at it; a store out of reach tells nothing
         self._stepped = time.monotonic()
         self._steps = 0
         self._next_look = 0.0
@@ -216,7 +216,7 @@ class _Watch:
         if code == REFUSED:
             return Ending("refused", said, self.committed)
         if code == FENCED:
-            return Ending("error", f"another holds the run by now: {said}", self.committed)
+            return Ending("error", f"{said}; what was committed is kept", self.committed)
         how = f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}: {self.trainer.last_line()}"
         self.controller._tell("lost", epoch=self.epoch, reason=how)
         return Ending("lost", how, self.committed)
@@ -242,15 +242,14 @@ class _Watch:
             log.warning("%s", error)
             return
         if beat is not None:
-            self._alive = beat.at
+            self._silent = time.time() - beat.at
         if request is not None and self.asked.move_to is None:
             self.asked.move_to = request
 
     def _too_silent(self) -> str | None:
         """Why the trainer counts as lost though its process lives."""
-        silent = 0.0 if self._alive is None else time.time() - self._alive
-        if silent > self.file.watch.lease_seconds:
-            return f"no heartbeat for {silent:.0f} s (watch.lease_seconds {self.file.watch.lease_seconds:g})"
+        if self._silent > self.file.watch.lease_seconds:
+            return f"no heartbeat for {self._silent:.0f} s (watch.lease_seconds {self.file.watch.lease_seconds:g})"
         waited = time.monotonic() - self._stepped
         limit, name = (
             (self.file.watch.hang_seconds, "hang_seconds")
