@@ -91,8 +91,9 @@ def errors(findings: list[Finding]) -> list[Finding]:
 
 def _finding(rule: str, operation: str, where: tuple[Where, ...]) -> Finding:
     known = BY_ID[rule]
+    where = tuple(frame for frame in where if not frame.file.startswith(_HERE))
     line = stablehlo.user_line(where)
-    others = tuple(str(frame) for frame in where if frame != line and not frame.file.startswith(_HERE))
+    others = tuple(str(frame) for frame in where if frame != line)
     what = f"{known.what} ({known.code})" if known.code else known.what
     return Finding(rule, known.severity, operation, str(line or ""), what, known.fix, known.source, others)
 
