@@ -22,6 +22,7 @@ from anypool.ops.divided import DividedPagedAttention
 from anypool.ops.paged_attention import BLOCK
 from anypool.ops.sampling import Sampler, SamplingRows, sample
 from anypool.train import MeshShape, OptimizerConfig, Schedule, StepConfig, TrainStep, make_mesh
+from anypool.train.defaults import step_kernels
 from anypool.train.sharding import check_divides, parameter_sharding
 
 
@@ -36,20 +37,19 @@ class JobProgram:
 
 def kernels_for(question: Question, platform: str) -> Kernels:
     """The kernels that a worker or a run takes on this platform, by name, without looking at the machine."""
-    # The CPU's own kernels hold weights in packed panels that one device reads; over a mesh the references serve.
-    faster = platform != "cpu" or question.devices == 1
-    model, tensor = question.model, question.mesh.get("tensor", 1)
+    model = question.model
+    if question.job == "train":
+        return step_kernels(platform, model, question.dtype, MeshShape(**question.mesh), question.seq)
+    tensor = question.mesh.get("tensor", 1)
     return choose(
         platform,
         jnp.dtype(question.dtype),
         model.head_dim,
-        faster,
-        train=question.job == "train",
+        # The CPU's own kernels hold weights in packed panels that one device reads; over a mesh the references serve.
+        faster=platform != "cpu" or question.devices == 1,
         heads=model.num_heads // tensor,
         kv_heads=model.num_kv_heads // tensor,
         window=model.sliding_window,
-        length=question.seq,
-        sequence=question.mesh.get("sequence", 1),
     )
 
 

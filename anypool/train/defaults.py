@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
+
+from anypool.models import ModelConfig
+from anypool.ops import Kernels, choose
+from anypool.train.sharding import MeshShape
+
 
 def step_defaults(platform: str) -> dict[str, str]:
     """`layers` and `remat` for a platform, by JAX's name of it.
@@ -13,3 +19,23 @@ def step_defaults(platform: str) -> dict[str, str]:
     if platform == "cpu":
         return {"layers": "unrolled", "remat": "none"}
     return {"layers": "scan", "remat": "full"}
+
+
+def step_kernels(platform: str, model: ModelConfig, dtype: str, mesh: MeshShape, length: int) -> Kernels:
+    """The kernels of a step on a platform, by JAX's name of it, without looking at the machine.
+
+    dtype: of matrices and activations. mesh: which devices share a row's heads and positions. length: tokens of a row.
+    """
+    return choose(
+        platform,
+        jnp.dtype(dtype),
+        model.head_dim,
+        # The CPU's own kernels read whole weights; over a mesh the references serve.
+        faster=platform != "cpu" or mesh.devices == 1,
+        train=True,
+        heads=model.num_heads // mesh.tensor,
+        kv_heads=model.num_kv_heads // mesh.tensor,
+        window=model.sliding_window,
+        length=length,
+        sequence=mesh.sequence,
+    )

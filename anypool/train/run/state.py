@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from anypool.models import Checkpoint, ModelConfig, resolve
 from anypool.models.params import initial, load, shapes
-from anypool.ops import choose
-from anypool.train.defaults import step_defaults
+from anypool.train.defaults import step_defaults, step_kernels
 from anypool.train.run.file import RunFile, RunPool
 from anypool.train.sharding import make_mesh
 from anypool.train.step import StepConfig, TrainState, TrainStep
@@ -31,7 +29,7 @@ def make_step(file: RunFile, pool: RunPool, model: ModelConfig) -> TrainStep:
         lora=file.lora,
     )
     mesh = make_mesh(pool.mesh, jax.devices())
-    kernels = choose(platform, jnp.dtype(file.compute_dtype), model.head_dim, train=True)
+    kernels = step_kernels(platform, model, file.compute_dtype, pool.mesh, file.data.sequence_length)
     return TrainStep(config, mesh, kernels)
 
 
