@@ -16,28 +16,11 @@ from functools import cached_property
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
-_FREE = frozenset(
-    {
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "after-all",
-        "while",
-        "conditional",
-        "call",
-        "opt-barrier",
-        "partition-id",
-        "replica-id",
-        "iota",
-        "async-start",
-        "async-update",
-        "async-done",
-        "add-dependency",
-        "domain",
-    }
-)
+_FREE = frozenset({
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "conditional", "call",
+    "opt-barrier", "partition-id", "replica-id", "iota", "async-start", "async-update", "async-done", "add-dependency",
+    "domain",
+})  # fmt: skip
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 
@@ -152,7 +135,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     entry, name = "", None
     current: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    # What a kernel says of itself is printed with line breaks in it: such lines begin with a quote, or two braces.
+    for line in re.sub(r'\n(?="|\}[},])', " ", text).splitlines():
         if name is None:
             opened = re.match(r"(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$", line.rstrip())
             if opened and not line.startswith(("HloModule", " ")):

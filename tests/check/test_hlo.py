@@ -68,6 +68,18 @@ def test_a_loop_counts_as_often_as_it_runs() -> None:
     assert program.unknown_loops == 0
 
 
+def test_what_a_kernel_says_of_itself_ends_no_computation() -> None:
+    """As libtpu prints a Pallas kernel with metadata: over several lines, the last of which begins with braces."""
+    kernel = (
+        '  %kernel = f32[512,256]{1,0} custom-call(%kept), custom_call_target="tpu_custom_call", '
+        'frontend_attributes={kernel_metadata={\n"xprof_metadata":"{\\"block_q\\": 512}"\n}}, metadata={op_name="x"}\n'
+    )
+    text = LOOP.replace("GROUPS", "{{0,1,2,3},{4,5,6,7}}").replace("  %reduced =", f"{kernel}  %reduced =")
+    program = read(text, MESH)
+    assert program.custom_calls == {"tpu_custom_call": 6}
+    assert [(c.kind, c.count) for c in program.collectives] == [("all-reduce", 6)]
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [
