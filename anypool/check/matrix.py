@@ -83,9 +83,11 @@ def topology(model: str, chip: str) -> str:
     size = MODELS[model]
     if chip in TARGETS:
         return TARGETS[chip][size]
-    host = next(c for c in chips() if c.name == chip).chips_per_host
-    per_host = int(host.value) if host else 8
-    return str({"small": 1, "medium": per_host, "large": 8 * per_host}[size])
+    asked = next(c for c in chips() if c.name == chip)
+    per_host = int(asked.chips_per_host.value) if asked.chips_per_host else 8
+    wanted = {"small": 1, "medium": per_host, "large": 8 * per_host}[size]
+    shape = asked.topology.near(wanted) or (wanted,)
+    return "x".join(map(str, shape))
 
 
 def cell(result: Result) -> dict[str, Any]:

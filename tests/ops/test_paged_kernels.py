@@ -137,6 +137,14 @@ def test_tables_too_large_for_one_call_go_in_several(monkeypatch: pytest.MonkeyP
     assert calls == [2 * WIDTH, 2 * WIDTH, WIDTH]
 
 
+def test_a_tile_may_end_beyond_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last real token is in the table, its padding is not; only the check of arguments minds that."""
+    monkeypatch.setattr(package, "dynamic_validate_inputs", package.static_validate_inputs)
+    monkeypatch.setattr(paged, "_package", lambda: Package)
+    tile = {"start": np.array([65], np.int32), "count": np.array([5], np.int32), "decode": 0}
+    agree(OURS, tile | {"table": np.array([[1, 2, 3, 4, 5]], np.int32)}, None)
+
+
 def test_over_a_mesh_the_cache_is_divided_along_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     for kernel, axis in ((OURS, 2), (REFERENCE, 3)):

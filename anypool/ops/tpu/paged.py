@@ -74,7 +74,8 @@ class RaggedPagedAttention:
         """As `PagedAttentionReference.apply`."""
         widths = np.array([1] * decode + [BLOCK] * (start_R.shape[0] - decode))
         cache = _append(k_TKH, v_TKH, cache, start_R, count_R, table_RM, decode, widths)
-        # A padding row has its queries too; what they see is the scratch block, and means nothing.
+        # A padding row has queries too; what they see is the scratch block, and means nothing. The padding of a last
+        # tile may lie beyond the table: there the kernel reads the row's first page, which no real query sees twice.
         lengths_R = jnp.where(count_R > 0, start_R, 0) + jnp.asarray(widths, jnp.int32)
         ends = np.concatenate([[0], np.cumsum(widths)])
         rows = max(1, MOST_TABLE_ENTRIES // table_RM.shape[1])
