@@ -175,10 +175,15 @@ ffi::Error CrossEntropy(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> logits, ffi:
       for (; i < whole; i += kLanes) peaks = vmax(peaks, load(x + i));
       float peak = lane_max(peaks);
       for (; i < width; ++i) peak = std::max(peak, x[i]);
-      for (i = 0; i < whole; i += kLanes) {
-        const Vec power = vexp(load(x + i) - peak);
-        sums += power;
-        store(y + i, power);
+      // Parts of a few hundred first: a sum of tens of thousands in one go would lose digits.
+      for (i = 0; i < whole;) {
+        Vec part = {};
+        for (const int64_t end = std::min(whole, i + 32 * kLanes); i < end; i += kLanes) {
+          const Vec power = vexp(load(x + i) - peak);
+          part += power;
+          store(y + i, power);
+        }
+        sums += part;
       }
       float total = lane_sum(sums);
       for (; i < width; ++i) {
