@@ -32,7 +32,7 @@ from anypool.plan.placement.jsonform import as_json, plan_from_json, problem_fro
 from anypool.plan.placement.plan import Assignment, Failover, Plan, Reserve
 from anypool.plan.placement.problem import Job, Limits, NoRate, PoolOffer, Problem, Rate
 from anypool.plan.placement.show import print_plan
-from anypool.plan.placement.solve import NoPlanError, Options, solve
+from anypool.plan.placement.solver import NoPlanError, Options, solve
 
 __all__ = [
     "Alternative",

@@ -238,7 +238,6 @@ def at_risk(problem: Problem, uses: Sequence[Taking]) -> tuple[str, ...]:
 def _pairs(problem: Problem, uses: Sequence[Taking]) -> list[Broken]:
     """Rules of a job and a pool."""
     broken = []
-    limits = problem.limits
     if len({(use.job, use.pool) for use in uses}) < len(uses):
         broken.append(Broken("pair", "a job has two entries on one pool"))
     for use in uses:
@@ -267,25 +266,32 @@ def _pairs(problem: Problem, uses: Sequence[Taking]) -> list[Broken]:
         first = rate.time_to_first_token_seconds
         if wanted is not None and (first is None or first > wanted):
             broken.append(Broken("latency", f"{pair}: first token after {first} s, allowed are {wanted}"))
-        if pool.watts_per_chip is None and (
-            limits.megawatts is not None
-            or pool.region in limits.megawatts_by_region
-            or problem.objective in ("energy", "carbon")
-        ):
-            broken.append(Broken("watts", f"{pair}: power counts here, and the pool's is not known"))
-        if problem.objective == "carbon" and pool.region not in limits.grams_co2_per_kwh:
-            broken.append(Broken("grid", f"{pair}: the carbon of region {pool.region!r} is not known"))
+        broken += _unknown(problem, pool, pair)
     return broken
 
 
 def _reserves(problem: Problem, reserve: Mapping[str, int]) -> list[Broken]:
     if reserve and problem.reserve != "held":
         return [Broken("reserve", "chips are held, but the problem asks for none to be")]
-    return [
-        Broken("reserve", f"pool {name!r}: {chips} chips held are no multiple of its slices")
-        for name, chips in reserve.items()
-        if chips <= 0 or chips % problem.pool(name).slice_chips
-    ]
+    broken = []
+    for name, chips in reserve.items():
+        pool = problem.pool(name)
+        if chips <= 0 or chips % pool.slice_chips:
+            broken.append(Broken("reserve", f"pool {name!r}: {chips} chips held are no multiple of its slices"))
+        broken += _unknown(problem, pool, f"the reserve on pool {name!r}")
+    return broken
+
+
+def _unknown(problem: Problem, pool: PoolOffer, what: str) -> list[Broken]:
+    """Power and carbon that count and are not known."""
+    broken = []
+    limits = problem.limits
+    power = limits.megawatts is not None or pool.region in limits.megawatts_by_region
+    if pool.watts_per_chip is None and (power or problem.objective in ("energy", "carbon")):
+        broken.append(Broken("watts", f"{what}: power counts here, and the pool's is not known"))
+    if problem.objective == "carbon" and pool.region not in limits.grams_co2_per_kwh:
+        broken.append(Broken("grid", f"{what}: the carbon of region {pool.region!r} is not known"))
+    return broken
 
 
 def _demand(problem: Problem, job: Job, own: Sequence[Taking], share: float) -> list[Broken]:

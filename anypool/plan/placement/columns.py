@@ -73,6 +73,16 @@ def needs_watts(problem: Problem, pool: PoolOffer) -> bool:
     return limited or problem.objective in ("energy", "carbon")
 
 
+def unknowns(problem: Problem, pool: PoolOffer) -> frozenset[Group]:
+    """What is not known of a pool and forbids its use, even as a reserve."""
+    found = set()
+    if pool.watts_per_chip is None and needs_watts(problem, pool):
+        found.add(Group("watts", pool.name))
+    if problem.objective == "carbon" and pool.region not in problem.limits.grams_co2_per_kwh:
+        found.add(Group("grid", pool.region))
+    return frozenset(found)
+
+
 def rules_against(problem: Problem, job: Job, pool: PoolOffer, rate: Rate) -> frozenset[Group]:
     """The rules that forbid this pair, whatever the number of chips."""
     against = set()
@@ -86,11 +96,7 @@ def rules_against(problem: Problem, job: Job, pool: PoolOffer, rate: Rate) -> fr
     # A rate without a time to first token is no proof that the limit is met.
     if limit is not None and (rate.time_to_first_token_seconds is None or rate.time_to_first_token_seconds > limit):
         against.add(Group("latency", job.name))
-    if pool.watts_per_chip is None and needs_watts(problem, pool):
-        against.add(Group("watts", pool.name))
-    if problem.objective == "carbon" and pool.region not in problem.limits.grams_co2_per_kwh:
-        against.add(Group("grid", pool.region))
-    return frozenset(against)
+    return frozenset(against | unknowns(problem, pool))
 
 
 def columns(

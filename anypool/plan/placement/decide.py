@@ -13,7 +13,7 @@ from typing import Any
 from anypool.plan.placement.errors import PlacementError, number
 from anypool.plan.placement.plan import Plan
 from anypool.plan.placement.problem import Problem, Scope
-from anypool.plan.placement.solve import NoPlanError, Options, solve
+from anypool.plan.placement.solver import NoPlanError, Options, solve
 
 # Prices between which a pool's break-even is looked for, USD a chip-hour.
 CHEAPEST, DEAREST = 0.001, 200.0

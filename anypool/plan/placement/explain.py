@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from anypool.plan.placement.columns import Group
 from anypool.plan.placement.problem import Problem
 from anypool.plan.placement.program import build, groups
-from anypool.plan.placement.solve import Answer, run
+from anypool.plan.placement.solver import Answer, run
 
 _AMOUNTS = ("budget", "megawatts", "megawatts_in", "chips", "chips_in")
 _HALVINGS = 12
@@ -185,7 +185,7 @@ def _relax(clock: _Clock, group: Group) -> Relaxation | None:
     name = group.name
     if group.kind != "demand":
         words = {
-            "survival": f"drop the survival of job {name!r}",
+            "survival": _dropped(group),
             "residency": f"let job {name!r} run elsewhere",
             "tier": f"let job {name!r} run on a lower tier",
             "roles": f"let job {name!r} run on pools without those roles",
@@ -209,7 +209,7 @@ def _less_demand(clock: _Clock, group: Group) -> Relaxation:
         else:
             high = middle
     if not low:
-        return Relaxation(group, f"drop job {job.name!r}", part=1.0)
+        return Relaxation(group, _dropped(group), part=1.0)
     if job.kind == "serve":
         assert job.tokens_per_second is not None
         amount = job.tokens_per_second * (1 - low)
@@ -245,22 +245,27 @@ def _together(clock: _Clock, conflict: Sequence[Group]) -> tuple[Relaxation, ...
 
 
 def _drop_all(clock: _Clock, conflict: Sequence[Group]) -> tuple[Relaxation, ...]:
-    """Jobs to leave out, each taken from a conflict of its own, until there is a plan."""
+    """Survivals to give up, or jobs to leave out, each from a conflict of its own, until there is a plan."""
     everything = groups(clock.problem)
     gone: set[Group] = set()
     found = list(conflict)
     while True:
-        jobs = [group for group in found if group.kind == "demand"]
-        if not jobs:
+        # Without its survival a job still runs: that is given up before the job is.
+        softest = [group for kind in ("survival", "demand") for group in found if group.kind == kind]
+        if not softest:
             return ()
-        gone.add(jobs[-1])
+        gone.add(softest[0])
         possible = clock.possible(gone)
         if possible is None:
             return ()
         if possible:
-            return tuple(Relaxation(group, f"drop job {group.name!r}", part=1.0) for group in sorted(gone))
+            return tuple(Relaxation(group, _dropped(group)) for group in sorted(gone))
         rest = [group for group in everything if group not in gone]
         found = _irreducible(rest, lambda kept: clock.possible(set(everything) - set(kept)) is False)
+
+
+def _dropped(group: Group) -> str:
+    return f"drop the survival of job {group.name!r}" if group.kind == "survival" else f"drop job {group.name!r}"
 
 
 def _limit(problem: Problem, group: Group, chips: bool = False) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
-from anypool.plan.placement.columns import Column, Group, Loss, columns, losses, needs_price, rules_against
+from anypool.plan.placement.columns import Column, Group, Loss, columns, losses, needs_price, rules_against, unknowns
 from anypool.plan.placement.problem import Job, PoolOffer, Problem
 
 Terms = dict[int, float]
@@ -116,7 +116,9 @@ class _Builder:
             self._demand(job)
         if self.problem.reserve == "held" and self.problem.losses:
             for pool in self.problem.pools:
-                self.program.held[pool.name] = self.program.variable(pool.chips // pool.slice_chips, whole=True)
+                usable = unknowns(self.problem, pool) <= self.dropped
+                slices = pool.chips // pool.slice_chips if usable else 0
+                self.program.held[pool.name] = self.program.variable(slices, whole=True)
         self._limits(self._use_now(), self.problem.pools)
         for loss in losses(self.problem):
             self._survive(loss)

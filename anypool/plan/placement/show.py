@@ -40,7 +40,7 @@ def _assignments(problem: Problem, plan: Plan) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("job", "pool"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("chips", "of them\npaid", "hours", "tokens/s", "USD", "USD per\nM tokens", "kWh"):
+    for heading in ("chips", "of them\npaid", "hours", "tokens/s", "USD", "USD/M\ntokens", "kWh"):
         table.add_column(heading, justify="right", no_wrap=True)
     order = {job.name: index for index, job in enumerate(problem.jobs)}
     for each in sorted(plan.assignments, key=lambda each: (order[each.job], -each.chips)):
@@ -50,11 +50,11 @@ def _assignments(problem: Problem, plan: Plan) -> Table:
             escape(each.pool),
             f"{each.chips:,}",
             f"{each.committed_chips:,}",
-            f"{each.hours:,.1f}",
-            f"{each.tokens_per_second:,.0f}",
-            _money(each.usd),
-            NOT_KNOWN if each.usd is None else f"{each.usd / tokens * 1e6:,.3f}",
-            _money(each.kwh),
+            _short(each.hours),
+            _short(each.tokens_per_second),
+            _short(each.usd),
+            _short(None if each.usd is None else each.usd / tokens * 1e6),
+            _short(each.kwh),
         )
     return table
 
@@ -71,3 +71,13 @@ def _failovers(plan: Plan) -> Table:
 
 def _money(amount: float | None) -> str:
     return NOT_KNOWN if amount is None else f"{amount:,.0f}"
+
+
+def _short(amount: float | None) -> str:
+    """Four digits at most: the table has nine columns, and 80 characters are usual."""
+    if amount is None:
+        return "-"
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if amount >= 9.995 * size or (letter != "k" and amount >= size):
+            return f"{amount / size:.4g}{letter}"
+    return f"{amount:.4g}"

@@ -102,12 +102,15 @@ def _by_programme(problem: Problem, options: Options, start: float) -> Plan:
 
 def run(program: Program, cost: Mapping[int, float], *, gap: float, seconds: float) -> Answer:
     """Minimises `cost` over the programme. Deterministic but for the time limit."""
+    rows = program.rows
+    if not program.low:
+        # The solver takes no programme without variables: nothing can run anywhere, which is enough or not.
+        return Answer(np.zeros(0), 0.0, infeasible=any(row[1] > 0 or row[2] < 0 for row in rows))
     vector = np.zeros(len(program.low))
     for index, value in cost.items():
         vector[index] = value
     # The solver's tolerances are absolute: costs of millions and of cents are brought to the same size.
     scale = float(np.abs(vector).max()) or 1.0
-    rows = program.rows
     constraints = LinearConstraint(program.matrix(), [row[1] for row in rows], [row[2] for row in rows])
     result = milp(
         vector / scale,
@@ -180,9 +183,24 @@ def read(problem: Problem, program: Program, values: Any) -> tuple[Uses, dict[st
             need -= taken * share
             if taken:
                 after.setdefault(label, []).append(Use(name, pool, taken * chips))
-    held = {pool: round(values[index]) * problem.pool(pool).slice_chips for pool, index in program.held.items()}
-    reserve = {pool: chips for pool, chips in held.items() if chips}
+    reserve = _reserve(problem, program, values, uses, after)
     return uses, reserve, {label: tuple(moved) for label, moved in after.items()}, dropped
+
+
+def _reserve(
+    problem: Problem, program: Program, values: Any, uses: Uses, after: Mapping[str, Sequence[Use]]
+) -> dict[str, int]:
+    """What is held, no more than some loss asks for: where holding costs nothing the programme leaves that open."""
+    survivors = {job.name for job in problem.jobs if job.survives}
+    reserve = {}
+    for name, index in program.held.items():
+        size = problem.pool(name).slice_chips
+        giving = sum(use.chips for use in uses if use.pool == name and use.job not in survivors)
+        moved = [sum(use.chips for use in each if use.pool == name) for each in after.values()]
+        chips = min(round(values[index]) * size, max(0, -(-(max(moved, default=0) - giving) // size) * size))
+        if chips:
+            reserve[name] = chips
+    return reserve
 
 
 def make_plan(
