@@ -14,10 +14,11 @@ from anypool import cli
 EXPLAINED_BY_EXAMPLE = [
     ["up"], ["worker"], ["generate"], ["chips"], ["check"], ["train"],
     ["drill", "serve"], ["drill", "train"], ["bench", "serve"], ["data", "prepare"],
+    ["plan", "predict"],
 ]  # fmt: skip
 COMMANDS = [
     [], ["drill"], ["bench"], ["runs"], ["runs", "list"], ["runs", "show"], ["runs", "plot"],
-    ["data"], ["data", "inspect"], ["data", "example-chat"], *EXPLAINED_BY_EXAMPLE
+    ["data"], ["data", "inspect"], ["data", "example-chat"], ["plan"], ["plan", "validate"], ["plan", "calibrate"], *EXPLAINED_BY_EXAMPLE
 ]  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_every_command_explains_itself(command):
         assert "Examples" in result.output
 
 
-@pytest.mark.parametrize("command", [[], ["drill"], ["bench"], ["runs"], ["data"]], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["drill"], ["bench"], ["runs"], ["data"], ["plan"]], ids=" ".join)
 def test_a_command_without_its_rest_shows_the_help(command):
     assert "Usage:" in run(*command).output
 

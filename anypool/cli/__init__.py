@@ -2,6 +2,7 @@
 
 serve.py    up, worker, generate          train.py    train, runs, data
 check.py    chips, check                  measure.py  drill, bench
+plan.py     plan
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from anypool.cli import check, measure, serve, train
+from anypool.cli import check, measure, plan, serve, train
 from anypool.cli.options import app
 
-__all__ = ["app", "check", "main", "measure", "serve", "train"]
+__all__ = ["app", "check", "main", "measure", "plan", "serve", "train"]
 
 
 def main() -> None:

@@ -38,16 +38,25 @@ EFFECTS: dict[str, tuple[str, ...]] = {
     "chip, software, model": ("chip", "stack", "model"),  # what is tuned for one model
     "model and precision": ("model", "precision"),  # sizes that suit quantised products, on any chip
 }
-# The efficiency that is expected before any row is seen, and how wide: 0.5, within a factor 1.9 in 4 of 5 cases.
-PRIOR_MEAN = math.log(0.5)
+# How far the mean may be from what is expected before any row is seen: within a factor 1.9 in 4 of 5 cases.
 PRIOR_VARIANCE = 0.25
-# Standard deviations expected of an effect and of repeated runs, with the width of that expectation in logarithms.
-EFFECT_DEVIATION, EFFECT_WIDTH = 0.12, 0.75
-NOISE_DEVIATION, NOISE_WIDTH = 0.03, 0.25
+# Standard deviation expected of an effect, and widths of that expectation and of that of repeated runs, in logarithms.
+EFFECT_DEVIATION, EFFECT_WIDTH, REPEAT_WIDTH = 0.12, 0.75, 0.25
 INTERVAL = 0.80
 # Standard normal quantile of (1 + INTERVAL) / 2.
 QUANTILE = 1.2816
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What is expected before any row is seen. mean: of log efficiency. repeat: deviation between like runs."""
+
+    mean: float
+    repeat: float
+
+
+TRAINING = Prior(mean=math.log(0.5), repeat=0.03)
 
 
 @dataclass(frozen=True)
@@ -89,11 +98,12 @@ class Calibration:
     variances: Mapping[str, float]
     uncalibrated_deviation: float
     residuals: tuple[float, ...]
+    prior: Prior = TRAINING
 
     def efficiency(self, job: TrainJob) -> Efficiency:
         """For a job that need not be among the rows."""
         asked = _point(job, 1.0, 1.0, "")
-        mean, deviation = predict_logs(self.points, [asked], self.variances)
+        mean, deviation = predict_logs(self.points, [asked], self.variances, self.prior)
         same_chip = [point for point in self.points if point.chip == asked.chip]
         width = float(deviation[0])
         if not same_chip:
@@ -118,6 +128,7 @@ class Calibration:
             "version": VERSION,
             "date": self.date,
             "variances": dict(self.variances),
+            "prior": dict(self.prior.__dict__),
             "uncalibrated_deviation": self.uncalibrated_deviation,
             "points": [
                 point.__dict__ | {"leave_one_out_residual": residual}
@@ -130,14 +141,17 @@ class Calibration:
         """Raises PerformanceError for what `as_json` did not make."""
         try:
             if data["version"] != VERSION or set(data["variances"]) != {*EFFECTS, "repeat"}:
-                raise PerformanceError("the calibration is of another version: make it anew with `anypool plan calibrate`")
+                raise PerformanceError(
+                    "the calibration is of another version: make it anew with `anypool plan calibrate`"
+                )
             residuals = tuple(float(point["leave_one_out_residual"]) for point in data["points"])
             points = tuple(
                 Point(**{key: value for key, value in point.items() if key != "leave_one_out_residual"})
                 for point in data["points"]
             )
             deviation = float(data["uncalibrated_deviation"])
-            return cls(str(data["date"]), points, dict(data["variances"]), deviation, residuals)
+            prior = Prior(**data["prior"])
+            return cls(str(data["date"]), points, dict(data["variances"]), deviation, residuals, prior)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, PerformanceError):
                 raise
@@ -166,13 +180,22 @@ def calibrate(rows: Sequence[Row], date: str | None = None) -> Calibration:
     points = points_of(rows)
     if len(points) < 3:
         raise PerformanceError(f"tok_s_chip: {len(points)} rows have a speed; a calibration needs at least 3")
-    variances = fit_variances(points)
+    return calibrate_points(points, TRAINING, date)
+
+
+def calibrate_points(points: tuple[Point, ...], prior: Prior, date: str | None = None) -> Calibration:
+    """As `calibrate`, for points of any kind of work."""
+    variances = fit_variances(points, prior)
     everyone = list(range(len(points)))
-    residuals = [error for error, _ in left_out(points, everyone, variances)]
-    by_vendor = [error for error, _ in left_out(points, [point.vendor for point in points], variances)]
-    deviation = float(np.sqrt(np.mean(np.square(by_vendor))))
+    residuals = [error for error, _ in left_out(points, everyone, prior, variances)]
+    vendors = [point.vendor for point in points]
+    # With one vendor there is nobody to learn another's from: the prior's width stands in.
+    deviation = math.sqrt(PRIOR_VARIANCE + sum(variances.values()))
+    if len(set(vendors)) > 1:
+        errors = [error for error, _ in left_out(points, vendors, prior, variances)]
+        deviation = float(np.sqrt(np.mean(np.square(errors))))
     day = date or datetime.datetime.now(datetime.UTC).date().isoformat()
-    return Calibration(day, points, variances, deviation, tuple(residuals))
+    return Calibration(day, points, variances, deviation, tuple(residuals), prior)
 
 
 def points_of(rows: Sequence[Row]) -> tuple[Point, ...]:
@@ -213,7 +236,7 @@ def _shared(rows: Sequence[Point], columns: Sequence[Point]) -> dict[str, Floats
 
 
 def predict_logs(
-    known: Sequence[Point], asked: Sequence[Point], variances: Mapping[str, float]
+    known: Sequence[Point], asked: Sequence[Point], variances: Mapping[str, float], prior: Prior
 ) -> tuple[Floats, Floats]:
     """Mean and standard deviation of the log efficiency of a new run of each asked point."""
 
@@ -225,19 +248,21 @@ def predict_logs(
     matrix = covariance(known, known) + variances["repeat"] * np.eye(len(known))
     cross = covariance(asked, known)
     values = np.array([point.log_efficiency for point in known])
-    mean = PRIOR_MEAN + cross @ np.linalg.solve(matrix, values - PRIOR_MEAN)
+    mean = prior.mean + cross @ np.linalg.solve(matrix, values - prior.mean)
     whole = PRIOR_VARIANCE + sum(variances.values())
     variance = whole - np.einsum("ij,ji->i", cross, np.linalg.solve(matrix, cross.T))
     return mean, np.sqrt(variance)
 
 
-def fit_variances(points: Sequence[Point], start: Mapping[str, float] | None = None) -> dict[str, float]:
+def fit_variances(
+    points: Sequence[Point], prior: Prior = TRAINING, start: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """The variances that make the points likeliest, held near the prior. start: where to begin, if known."""
     shared = _shared(points, points)
     stack = np.stack([shared[effect] for effect in EFFECTS] + [np.eye(len(points))])
-    values = np.array([point.log_efficiency for point in points]) - PRIOR_MEAN
-    centre = np.log([EFFECT_DEVIATION] * len(EFFECTS) + [NOISE_DEVIATION])
-    width = np.array([EFFECT_WIDTH] * len(EFFECTS) + [NOISE_WIDTH])
+    values = np.array([point.log_efficiency for point in points]) - prior.mean
+    centre = np.log([EFFECT_DEVIATION] * len(EFFECTS) + [prior.repeat])
+    width = np.array([EFFECT_WIDTH] * len(EFFECTS) + [REPEAT_WIDTH])
 
     def loss(logs: Floats) -> tuple[float, Floats]:
         """Negative logarithm of likelihood and prior, over the logarithms of the standard deviations."""
@@ -257,21 +282,21 @@ def fit_variances(points: Sequence[Point], start: Mapping[str, float] | None = N
 
 
 def left_out(
-    points: Sequence[Point], groups: Sequence[object], variances: Mapping[str, float] | None
+    points: Sequence[Point], groups: Sequence[object], prior: Prior, variances: Mapping[str, float] | None = None
 ) -> list[tuple[float, float]]:
     """For each point, log of predicted over measured efficiency and its deviation, with its group left out.
 
     variances: None fits them anew without the group, so that nothing of it is known.
     """
     results: dict[int, tuple[float, float]] = {}
-    start = fit_variances(points) if variances is None else None
+    start = fit_variances(points, prior) if variances is None else None
     for group in dict.fromkeys(groups):
         out = [i for i, one in enumerate(groups) if one == group]
         kept = [point for i, point in enumerate(points) if groups[i] != group]
         if not kept:
             raise PerformanceError(f"nothing is left to predict {group} from: rows of another are needed")
-        used = fit_variances(kept, start) if variances is None else variances
-        mean, deviation = predict_logs(kept, [points[i] for i in out], used)
+        used = fit_variances(kept, prior, start) if variances is None else variances
+        mean, deviation = predict_logs(kept, [points[i] for i in out], used, prior)
         for place, i in enumerate(out):
             results[i] = (float(mean[place]) - points[i].log_efficiency, float(deviation[place]))
     return [results[i] for i in range(len(points))]

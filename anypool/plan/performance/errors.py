@@ -14,7 +14,7 @@ class ShapeError(PerformanceError):
 
 
 class DoesNotFitError(PerformanceError):
-    """The job needs more memory than the chips have; no speed is given for it. `fewest` chips that would do, or None."""
+    """The job needs more memory than the chips have; no speed is given. fewest: chips that would do, or None."""
 
     def __init__(self, message: str, fewest: int | None) -> None:
         super().__init__(message)

@@ -12,7 +12,7 @@ from anypool.plan.performance.shape import ModelShape
 
 DTYPES = ("bf16", "fp8", "int8", "fp4", "mxfp8", "mxfp4")
 STACKS = ("maxtext", "megatron-bridge", "torchtitan", "neuronx", "meta", "anypool")
-"""Software that rows were measured with, as this room names it. Another name is accepted: nothing is known of it then."""
+"""Software that rows were measured with, as this room names it. Another name is accepted, and nothing known of it."""
 MOST_CHIPS = 1_000_000
 # One sequence of this length on every device: what a row without a batch is taken to have.
 ASSUMED_TOKENS_PER_DEVICE = 8192

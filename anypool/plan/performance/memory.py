@@ -56,8 +56,8 @@ def fit(job: TrainJob) -> Memory:
     fewest = _fewest(job)
     how = f"; {fewest} chips would hold it" if fewest else ""
     raise DoesNotFitError(
-        f"chips = {job.chips}: {job.shape.name} needs {best.needed_bytes / GIB:.1f} GiB on each device, and a device of "
-        f"a {job.chip.name} has {best.usable_bytes / GIB:.1f} GiB{how}",
+        f"chips = {job.chips}: {job.shape.name} needs {best.needed_bytes / GIB:.1f} GiB on each device, and a device "
+        f"of a {job.chip.name} has {best.usable_bytes / GIB:.1f} GiB{how}",
         fewest,
     )
 
@@ -79,7 +79,7 @@ def _divisions(job: TrainJob) -> list[tuple[dict[str, int], int, int]]:
     devices = job.chips * job.devices
     found = []
     for tensor, sequence in sorted(
-        ((t, s) for t in _powers(WIDEST_TENSOR) for s in _powers(WIDEST_SEQUENCE)), key=lambda pair: math.prod(pair)
+        ((t, s) for t in _powers(WIDEST_TENSOR) for s in _powers(WIDEST_SEQUENCE)), key=math.prod
     ):
         wide = tensor * sequence
         if devices % wide or job.sequence_length % sequence or job.shape.heads % tensor or job.shape.kv_heads % tensor:
@@ -148,7 +148,7 @@ def _skeleton(shape: ModelShape, length: int) -> dict[str, Any]:
 
 
 def _skeleton_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
-    attention = shape.width * config["head_dim"] * 2 * (shape.heads + shape.kv_heads)
+    attention = shape.width * int(config["head_dim"]) * 2 * (shape.heads + shape.kv_heads)
     layer = attention + 3 * shape.width * int(config["intermediate_size"])
     return shape.layers * layer + shape.head_parameters * (1 if shape.tied else 2)
 

@@ -7,7 +7,7 @@ fixed, few, and the same for every chip, model and software:
   scores and spends its time between matrix and vector units);
 - sharded parameters 0.7 and exchange of experts 0.8: what is left of communication when compilers overlap it.
 
-They were chosen once on all calibration rows and rounded; `anypool plan validate` says what the rest of the model gains.
+They were chosen once on all calibration rows and rounded, and are not fitted again when rows are left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ OPTIMIZER_BYTES = 30
 STATE_BYTES = 16
 # Part of the memory that a trainer fills.
 FILLED = 0.9
-# Rows and columns of a matrix unit; sizes are padded to it. Google's v6e and TPU7x have 256 x 256, others 128 or tile so.
+# Rows and columns of a matrix unit; sizes are padded to it. v6e and TPU7x have 256 x 256, others 128 or tile so.
 MATRIX_UNIT = {"v6e": 256, "tpu7x": 256}
 DEFAULT_MATRIX_UNIT = 128
 # Heads narrower than this leave part of a matrix unit idle.

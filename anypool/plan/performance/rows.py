@@ -42,6 +42,8 @@ STACK_OF_SOURCE = {
 UNKNOWN_STACK = "unknown"
 STACK_ALIASES = {"megatron": "megatron-bridge", "nemo": "megatron-bridge", "neuron": "neuronx", "nxd": "neuronx"}
 HIGHEST_TOKENS_PER_SECOND = 1e8
+# The day the rows of this room were read.
+ROWS_DATE = "2026-11-23"
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ def _read(
     if cells.get("moe", "") not in ("", "0", "1"):
         raise wrong("moe", "must be 0 for a dense model or 1 for a mixture of experts")
     if cells.get("moe") and (cells["moe"] == "1") != shape.is_mixture:
-        raise wrong("moe", f"{shape.name} is {'a mixture' if shape.is_mixture else 'dense'}: write {int(shape.is_mixture)}")
+        raise wrong(
+            "moe", f"{shape.name} is {'a mixture' if shape.is_mixture else 'dense'}: write {int(shape.is_mixture)}"
+        )
     try:
         chip, chips = read_chips(cells["chip"], cells.get("chips", ""))
     except (ChipError, PerformanceError) as error:

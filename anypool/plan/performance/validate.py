@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from anypool.plan.performance.calibration import INTERVAL, QUANTILE, fit_variances, left_out, points_of
+from anypool.plan.performance.calibration import INTERVAL, QUANTILE, TRAINING, fit_variances, left_out, points_of
 from anypool.plan.performance.rows import Row
 
 SCHEMES = ("row", "model", "chip", "vendor")
@@ -107,11 +107,9 @@ def validate(rows: Sequence[Row], schemes: Sequence[str] = SCHEMES) -> Validatio
     points = points_of(measured)
     result = []
     for scheme in schemes:
-        groups: list[object] = [
-            i if scheme == "row" else getattr(point, scheme) for i, point in enumerate(points)
-        ]
+        groups: list[object] = [i if scheme == "row" else getattr(point, scheme) for i, point in enumerate(points)]
         lefts = []
-        for i, (error, deviation) in enumerate(left_out(points, groups, None)):
+        for i, (error, deviation) in enumerate(left_out(points, groups, TRAINING)):
             job, speed = measured[i].job, points[i].tokens_per_second_per_chip
             predicted = speed * math.exp(error)
             spread = math.exp(QUANTILE * deviation)
