@@ -107,6 +107,8 @@ class Loop:
         with self.recorder.phase("compile"):
             self._compile()
         with self.recorder.phase("compute"), self._reader() as rows:
+            if not self.done:
+                self._evaluate_held_out()  # what training is to improve on
             while self.done < file.steps:
                 self._one(rows)
                 self.note_commits()

@@ -43,7 +43,7 @@ def test_a_run_from_nothing_to_its_last_step(tmp_path):
     assert [event["step"] for event in steps] == list(range(1, 13))
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
     assert [event["step"] for event in run.events("committed")] == [4, 8, 12]
-    assert [event["step"] for event in run.events("evaluated")] == [6, 12]
+    assert [event["step"] for event in run.events("evaluated")] == [0, 6, 12]
     # What others read: a model directory.
     last = Checkpoints(run.store, None).latest()
     folder = tmp_path / "store" / "runs" / "small" / last.folder
