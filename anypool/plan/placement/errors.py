@@ -23,7 +23,7 @@ def number(owner: str, field: str, value: object, low: float, high: float, unit:
     """`value` if it is a finite number in low..high. Raises PlacementError."""
     wrong_type = isinstance(value, bool) or not isinstance(value, (int, float))
     if wrong_type or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type,operator]
-        span = f"{low:,g} to {high:,g} {unit}".rstrip()
+        span = f"{low:,.12g} to {high:,.12g} {unit}".rstrip()
         raise PlacementError(f"{owner}: {field} = {value!r}: plausible is {span}; {fix}")
     return float(value)  # type: ignore[arg-type]
 

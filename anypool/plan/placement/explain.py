@@ -13,7 +13,7 @@ from anypool.plan.placement.program import build, groups
 from anypool.plan.placement.solver import Answer, run
 
 _AMOUNTS = ("budget", "megawatts", "megawatts_in", "chips", "chips_in")
-_HALVINGS = 12
+_HALVINGS = 20
 
 
 @dataclass(frozen=True)
@@ -284,8 +284,9 @@ def _limit(problem: Problem, group: Group, chips: bool = False) -> float:
 
 
 def _round_up(amount: float) -> str:
-    """Three digits, never less than what is needed."""
-    if amount >= 1000 or amount == round(amount):
-        return f"{math.ceil(amount - 1e-6):,}"
+    """Three digits, rounded up so that it is enough; to the hundred-thousandth part that halving leaves open."""
+    amount *= 1 - 1e-5
+    if amount >= 1000:
+        return f"{math.ceil(amount):,}"
     digits = 2 - math.floor(math.log10(amount)) if amount > 0 else 0
-    return f"{math.ceil(amount * 10**digits - 1e-6) / 10**digits:g}"
+    return f"{math.ceil(amount * 10**digits) / 10**digits:g}"

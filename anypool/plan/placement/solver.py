@@ -105,7 +105,8 @@ def run(program: Program, cost: Mapping[int, float], *, gap: float, seconds: flo
     rows = program.rows
     if not program.low:
         # The solver takes no programme without variables: nothing can run anywhere, which is enough or not.
-        return Answer(np.zeros(0), 0.0, infeasible=any(row[1] > 0 or row[2] < 0 for row in rows))
+        infeasible = any(row[1] > 0 or row[2] < 0 for row in rows)
+        return Answer(None if infeasible else np.zeros(0), 0.0, infeasible)
     vector = np.zeros(len(program.low))
     for index, value in cost.items():
         vector[index] = value

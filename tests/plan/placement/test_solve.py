@@ -153,7 +153,7 @@ def test_jobs_at_risk_are_told():
 
 
 def test_out_of_time_is_never_called_optimal(monkeypatch: pytest.MonkeyPatch):
-    real = solver.milp
+    real = solver.milp  # type: ignore[attr-defined]
 
     def stopped(*arguments: Any, **options: Any) -> Any:
         result = real(*arguments, **options)
@@ -168,7 +168,7 @@ def test_out_of_time_is_never_called_optimal(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_no_plan_in_time_is_not_called_impossible(monkeypatch: pytest.MonkeyPatch):
-    real = solver.milp
+    real = solver.milp  # type: ignore[attr-defined]
 
     def stopped(*arguments: Any, **options: Any) -> Any:
         result = real(*arguments, **options)
@@ -184,7 +184,7 @@ def test_options():
     with pytest.raises(PlacementError, match=r"options: gap = 1: plausible is 0 to 0\.5"):
         Options(gap=1)
     with pytest.raises(PlacementError, match="options: method = 'simplex' is unknown"):
-        Options(method="simplex")  # type: ignore[arg-type]
+        Options(method="simplex")
 
 
 @st.composite
@@ -193,6 +193,8 @@ def small_problems(draw: st.DrawFn) -> Problem:
     losing = draw(st.sampled_from([(), (), ("vendor",), ("region",), ("vendor", "provider")]))
     objective = draw(st.sampled_from(["cost", "cost", "energy", "carbon", "finish"]))
     few = bool(losing)
+    # A problem with losses is hard to meet as it is: most of them get no other constraints and small jobs.
+    plain = few and draw(st.sampled_from([True, True, True, False]))
     pools = tuple(
         PoolOffer(
             name=f"p{index}",
@@ -201,11 +203,13 @@ def small_problems(draw: st.DrawFn) -> Problem:
             provider=draw(st.sampled_from(["x", "y"])),
             region=draw(st.sampled_from(["r", "s"])),
             chips=size * draw(st.integers(1, 3)),
-            usd_per_chip_hour=draw(st.sampled_from([None, 1.0, 2.0, 3.5, 5.0])),
-            watts_per_chip=draw(st.sampled_from([None, 500.0, 700.0, 1000.0])),
+            usd_per_chip_hour=draw(st.sampled_from([1.0, 2.0, 3.5, 5.0, 5.5, 7.0, 2.0 if plain else None])),
+            watts_per_chip=draw(
+                st.sampled_from([500.0, 700.0, 800.0, 950.0, 1000.0, 1200.0, 900.0 if plain else None])
+            ),
             slice_chips=size,
-            tier=draw(st.integers(0, 1)),
-            roles=draw(st.sampled_from([("train", "serve"), ("train", "serve"), ("serve",), ("train",)])),
+            tier=1 if plain else draw(st.sampled_from([1, 1, 1, 0])),
+            roles=("train", "serve") if plain else draw(st.sampled_from([("train", "serve"), ("serve",), ("train",)])),
             committed_chips=draw(st.sampled_from([0, 0, 1])),
         )
         for index in range(draw(st.integers(2, 2 if few else 3)))
@@ -217,36 +221,40 @@ def small_problems(draw: st.DrawFn) -> Problem:
             "name": f"j{index}",
             "survives": few and (index == 0 or draw(st.booleans())),
             "surviving_share": draw(st.sampled_from([1.0, 0.5])),
-            "required": draw(st.sampled_from([True, True, False])),
+            "required": draw(st.sampled_from([True, True, True, False])),
             "priority": float(draw(st.integers(1, 3))),
-            "min_tier": draw(st.sampled_from([0, 0, 0, 1])),
-            "regions": draw(st.sampled_from([(), (), tuple({each.region for each in pools})])),
+            "min_tier": draw(st.sampled_from([0, 0, 0, 0, 1])),
+            "regions": () if plain else draw(st.sampled_from([(), (), (pools[0].region,)])),
         }
         if draw(st.booleans()) or (objective == "finish" and index == 0):
-            tokens = draw(st.integers(1, 30)) * 3.6e6
+            tokens = draw(st.integers(1, 4 if few else 8)) * 9e5
             jobs.append(
-                Job(kind="train", tokens=tokens, deadline_seconds=draw(st.sampled_from([None, 18000])), **common)
+                Job(kind="train", tokens=tokens, deadline_seconds=draw(st.sampled_from([None, None, 18000])), **common)
             )
         else:
-            speed = draw(st.integers(1, 40)) * 10.0
+            speed = draw(st.integers(1, 10 if few else 20)) * 10.0
             split = draw(st.booleans())
             jobs.append(Job(kind="serve", tokens_per_second=speed, may_split=split, **common))
     rates = []
     for job in jobs:
         for each in pools:
-            if draw(st.sampled_from([True, True, True, True, False])):
+            if draw(st.sampled_from([*[True] * 7, False])):
                 fewest = draw(st.sampled_from([1, 1, 2]))
                 most = draw(st.sampled_from([None, None, 2])) if job.kind == "train" else None
                 speed = draw(st.sampled_from([50.0, 80.0, 100.0, 130.0]))
                 rates.append(Rate(job.name, each.name, speed, min_chips=fewest, max_chips=most))
     regions = sorted({each.region for each in pools})
     limits = Limits(
-        budget_usd=draw(st.sampled_from([None, None, 20.0, 60.0])),
-        megawatts=draw(st.sampled_from([None, None, 0.002, 0.004])),
-        megawatts_by_region=draw(st.sampled_from([{}, {}, {regions[0]: 0.002}])),
-        chips_by_region=draw(st.sampled_from([{}, {}, {regions[-1]: 2}])),
         grams_co2_per_kwh=dict.fromkeys(regions, 100.0) | {regions[0]: 300.0},
     )
+    if not plain:
+        limits = Limits(
+            grams_co2_per_kwh=limits.grams_co2_per_kwh,
+            budget_usd=draw(st.sampled_from([None, None, 40.0, 100.0])),
+            megawatts=draw(st.sampled_from([None, None, 0.003, 0.006])),
+            megawatts_by_region=draw(st.sampled_from([{}, {}, {regions[0]: 0.003}])),
+            chips_by_region=draw(st.sampled_from([{}, {}, {regions[-1]: 3}])),
+        )
     previous = draw(st.sampled_from([(), tuple((job.name, pools[0].name) for job in jobs[:1])]))
     return Problem(
         jobs=tuple(jobs),
