@@ -64,8 +64,10 @@ def fit(job: TrainJob) -> Memory:
 
 def _best(job: TrainJob) -> Memory:
     usable = usable_bytes(job.chip)
-    tried = []
-    for mesh, micro_batches, batch in _divisions(job):
+    tried: list[Memory] = []
+    # Where the state alone is too much, no division helps: one shows by how much.
+    hopeless = STATE_BYTES * job.shape.total_parameters / (job.chips * job.devices) > usable
+    for mesh, micro_batches, batch in _divisions(job)[: 1 if hopeless else None]:
         items = (tuple(mesh.items()), micro_batches, batch)
         parts = _parts(_key(job.shape), job.chip.name, job.sequence_length, *items)
         tried.append(Memory(sum(parts.values()), usable, parts, mesh, micro_batches))
@@ -156,9 +158,10 @@ def _skeleton_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
 def _fewest(job: TrainJob) -> int | None:
     """Fewest chips among powers of two times the host's that hold the job."""
     step = int(job.chip.chips_per_host.value) if job.chip.chips_per_host else 1
+    least = STATE_BYTES * job.shape.total_parameters / (usable_bytes(job.chip) * job.devices)
     chips = max(step, 1)
     while chips <= MOST_CHIPS_SEARCHED:
-        if chips > job.chips:
+        if chips > max(job.chips, least):
             # The batch grows with the chips, or some of them would have no row.
             batch = None if job.global_batch is None else max(1, job.global_batch * chips // job.chips)
             found = _best(replace(job, chips=chips, global_batch=batch))
