@@ -11,6 +11,10 @@ from anypool.plan.performance.errors import PerformanceError
 from anypool.plan.performance.shape import ModelShape
 
 DTYPES = ("bf16", "fp8", "int8", "fp4", "mxfp8", "mxfp4")
+# Other words for them, and which rate holds for one that a chip's file does not list: blocks with scales of their own run
+# at the rate of the plain format.
+DTYPE_ALIASES = {"bfloat16": "bf16", "nvfp4": "fp4", "fp8-mx": "mxfp8", "fp8_mx": "mxfp8"}
+SAME_RATE = {"mxfp8": "fp8", "mxfp4": "fp4", "fp8": "mxfp8", "fp4": "mxfp4"}
 STACKS = ("maxtext", "megatron-bridge", "torchtitan", "neuronx", "meta", "anypool")
 """Software that rows were measured with, as this room names it. Another name is accepted, and nothing known of it."""
 MOST_CHIPS = 1_000_000
@@ -46,7 +50,7 @@ class TrainJob:
 
     def peak_flops(self, dtype: str) -> float:
         """Dense operations a second of one chip. Raises PerformanceError where the chip has none or none is known."""
-        fact = self.chip.peak_flops.get(dtype)
+        fact = self.chip.peak_flops.get(dtype) or self.chip.peak_flops.get(SAME_RATE.get(dtype, dtype))
         if fact is not None:
             return fact.value
         known = ", ".join(self.chip.peak_flops) or "none"

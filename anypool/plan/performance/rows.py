@@ -17,7 +17,7 @@ from pathlib import Path
 
 from anypool.chips import ChipError, nearest
 from anypool.plan.performance.errors import PerformanceError, RowsError
-from anypool.plan.performance.job import DTYPES, STACKS, TrainJob, read_chips
+from anypool.plan.performance.job import DTYPE_ALIASES, DTYPES, STACKS, TrainJob, read_chips
 from anypool.plan.performance.shape import ModelShape, catalogue, find_shape
 
 REQUIRED = ("model", "chip", "dtype", "seq")
@@ -133,7 +133,7 @@ def _read(
         chip, chips = read_chips(cells["chip"], cells.get("chips", ""))
     except (ChipError, PerformanceError) as error:
         raise wrong("chips" if str(error).startswith("chips") else "chip", str(error)) from None
-    dtype = cells["dtype"].lower()
+    dtype = DTYPE_ALIASES.get(cells["dtype"].lower(), cells["dtype"].lower())
     if dtype not in DTYPES:
         raise wrong("dtype", f"must be one of {', '.join(DTYPES)}{nearest(dtype, DTYPES)}")
     batch = _count(cells, "global_batch", wrong)

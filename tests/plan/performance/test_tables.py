@@ -14,6 +14,7 @@ from anypool.plan.performance import (
     read_chips,
 )
 from anypool.plan.performance.errors import PerformanceError, RowsError
+from anypool.plan.performance.memory import fit
 from anypool.plan.performance.rows import parse_rows, read_rows
 
 HEADER = "model,chip,chips,dtype,global_batch,seq,stack,source,moe,usd_per_chip_hour,tok_s_chip\n"
@@ -157,3 +158,22 @@ def test_a_chip_without_the_numbers_is_refused(chip):
         return
     with pytest.raises(PerformanceError, match=r"not known|no rate of a cpu is known"):
         predict_job(TrainJob(shape, load_chip(chip), 8, "bf16", 8192, "maxtext"), default_calibration())
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype", "same"), [("b200", "nvfp4", "fp4"), ("gb300", "mxfp8", "fp8"), ("trn3", "fp8", "mxfp8")]
+)
+def test_formats_with_scaled_blocks_run_at_the_plain_rate(chip, dtype, same):
+    asked = only(chip=chip, dtype=dtype).job
+    assert asked.peak_flops(asked.dtype) == load_chip(chip).peak_flops[same].value
+    assert asked.precision == "low"
+
+
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "deepseek-v3", "gpt-oss-120b", "llama4-maverick"])
+def test_memory_of_a_mixture_holds_the_state_of_every_expert(model):
+    shape = find_shape(model, catalogue())
+    found = fit(TrainJob(shape, load_chip("b200"), 512, "bf16", 4096, "maxtext"))
+    state = 16 * shape.total_parameters / 512
+    held = sum(found.parts.get(part, 0) for part in ("parameters", "optimizer", "weights", "gradients", "experts"))
+    assert held == pytest.approx(state, rel=0.02)
+    assert found.needed_bytes > held
