@@ -4,6 +4,7 @@ Other rooms use:
 - `find_shape(name, catalogue())`, `load_shapes(path)`, `shape_of_config(config, name)`: a `ModelShape`;
 - `TrainJob(shape, chip, chips, dtype, sequence_length, stack, global_batch)`, `read_chips`: a training job;
 - `predict_job(job, calibration, money, site)`: a `Prediction`, or DoesNotFitError, which says how many chips would do;
+- `fewest_chips(job)`: that hold it; a `ServeJob` on too few raises DoesNotFitError, whose `fewest` says it;
 - `ServeJob`, `predict_serving(job, calibration, money, site)`: a replica that serves;
 - `default_calibration()`, `default_serving_calibration()`: on the rows of this room;
 - `calibrate(rows)`, `validate(rows)`: on others;
@@ -18,6 +19,7 @@ from anypool.plan.performance.calibration import Calibration, Efficiency, calibr
 from anypool.plan.performance.energy import Energy, Region, Site, energy_per_token, regions, site_of
 from anypool.plan.performance.errors import DoesNotFitError, PerformanceError, RowsError, ShapeError
 from anypool.plan.performance.job import TrainJob, read_chips
+from anypool.plan.performance.memory import fewest_chips
 from anypool.plan.performance.prediction import Answer, Money, Prediction, Run, listed_price, predict_job, predict_rows
 from anypool.plan.performance.rows import ROWS_DATE, Row, parse_rows, read_rows, training_rows
 from anypool.plan.performance.serving import (
@@ -69,6 +71,7 @@ __all__ = [
     "default_calibration",
     "default_serving_calibration",
     "energy_per_token",
+    "fewest_chips",
     "find_shape",
     "listed_price",
     "load_shapes",

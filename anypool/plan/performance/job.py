@@ -11,8 +11,8 @@ from anypool.plan.performance.errors import PerformanceError
 from anypool.plan.performance.shape import ModelShape
 
 DTYPES = ("bf16", "fp8", "int8", "fp4", "mxfp8", "mxfp4")
-# Other words for them, and which rate holds for one that a chip's file does not list: blocks with scales of their own run
-# at the rate of the plain format.
+# Other words for them, and which rate holds for one that a chip has none listed for: blocks with scales of their own
+# run at the rate of the plain format.
 DTYPE_ALIASES = {"bfloat16": "bf16", "nvfp4": "fp4", "fp8-mx": "mxfp8", "fp8_mx": "mxfp8"}
 SAME_RATE = {"mxfp8": "fp8", "mxfp4": "fp4", "fp8": "mxfp8", "fp4": "mxfp4"}
 STACKS = ("maxtext", "megatron-bridge", "torchtitan", "neuronx", "meta", "anypool")

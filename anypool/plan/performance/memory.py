@@ -53,7 +53,7 @@ def fit(job: TrainJob) -> Memory:
     best = _best(job)
     if best.needed_bytes <= best.usable_bytes:
         return best
-    fewest = _fewest(job)
+    fewest = fewest_chips(job, beyond=job.chips)
     how = f"; {fewest} chips would hold it" if fewest else ""
     raise DoesNotFitError(
         f"chips = {job.chips}: {job.shape.name} needs {best.needed_bytes / GIB:.1f} GiB on each device, and a device "
@@ -155,13 +155,13 @@ def _skeleton_parameters(shape: ModelShape, config: dict[str, Any]) -> int:
     return shape.layers * layer + shape.head_parameters * (1 if shape.tied else 2)
 
 
-def _fewest(job: TrainJob) -> int | None:
-    """Fewest chips among powers of two times the host's that hold the job."""
+def fewest_chips(job: TrainJob, beyond: int = 0) -> int | None:
+    """Fewest chips, more than `beyond`, that hold the job, among a host's times powers of two; None if none do."""
     step = int(job.chip.chips_per_host.value) if job.chip.chips_per_host else 1
     least = STATE_BYTES * job.shape.total_parameters / (usable_bytes(job.chip) * job.devices)
     chips = max(step, 1)
     while chips <= MOST_CHIPS_SEARCHED:
-        if chips > max(job.chips, least):
+        if chips > beyond and chips >= least:
             # The batch grows with the chips, or some of them would have no row.
             batch = None if job.global_batch is None else max(1, job.global_batch * chips // job.chips)
             found = _best(replace(job, chips=chips, global_batch=batch))
