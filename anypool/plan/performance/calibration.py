@@ -277,7 +277,7 @@ def fit_variances(
 
     names = [*EFFECTS, "repeat"]
     first = centre if start is None else 0.5 * np.log([start[name] for name in names])
-    found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    found = minimize(loss, first, jac=True, method="L-BFGS-B", options={"ftol": 1e-7})
     return dict(zip(names, (float(v) for v in np.exp(2 * found.x)), strict=True))
 
 

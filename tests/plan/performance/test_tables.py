@@ -8,6 +8,7 @@ from anypool.plan.performance import (
     TrainJob,
     catalogue,
     default_calibration,
+    fewest_chips,
     find_shape,
     predict_job,
     predict_rows,
@@ -145,6 +146,9 @@ def test_what_does_not_fit_has_no_speed_and_says_what_would():
         predict_job(job, default_calibration())
     bigger = TrainJob(job.shape, job.chip, 128, job.dtype, job.sequence_length, job.stack)
     assert predict_job(bigger, default_calibration()).tokens_per_second_per_chip > 0
+    assert fewest_chips(job) == fewest_chips(bigger) == 128
+    small = find_shape("llama3.1-8b", catalogue())
+    assert fewest_chips(TrainJob(small, job.chip, 64, "bf16", 8192, "maxtext")) == 8
 
 
 @pytest.mark.parametrize("chip", ["cpu", "ascend-910b", "trn3"])
