@@ -14,6 +14,9 @@ from anypool.plan.placement.solver import Answer, run
 
 _AMOUNTS = ("budget", "megawatts", "megawatts_in", "chips", "chips_in")
 _HALVINGS = 20
+# From how many of one kind on they are told in one.
+_MANY = 5
+_OF = {"chips": "pools", "price": "pools", "watts": "pools", "chips_in": "regions", "megawatts_in": "regions"}
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Explanation:
 
     irreducible: False where the time ended first, so that one of them may not belong. relaxations: single changes
     that each suffice, the smallest first. together: what suffices together where no single change does.
+    all_tried: False where the time ended before every single change had been tried.
     """
 
     conflict: tuple[Group, ...]
@@ -43,17 +47,33 @@ class Explanation:
     irreducible: bool
     relaxations: tuple[Relaxation, ...]
     together: tuple[Relaxation, ...] = ()
+    all_tried: bool = True
     seconds: float = 0.0
 
     def words(self) -> str:
         """A few sentences for a person."""
         doubt = "" if self.irreducible else " (not narrowed down to the end: the time was up)"
-        text = f"These cannot all hold{doubt}: " + "; ".join(self.conflict_words) + "."
+        untried = "" if self.all_tried else " Not every change was tried: the time was up."
+        text = f"These cannot all hold{doubt}: " + "; ".join(self._conflict()) + "."
         if self.relaxations:
-            return text + " Any of these would do: " + ", or ".join(each.words for each in self.relaxations) + "."
-        if self.together:
-            return text + " This together would do: " + ", and ".join(each.words for each in self.together) + "."
-        return text + " No single change that was tried would do."
+            helps = " Any of these would do: " + ", or ".join(each.words for each in self.relaxations) + "."
+        elif self.together:
+            helps = " This together would do: " + ", and ".join(each.words for each in self.together) + "."
+        else:
+            helps = " No change that was tried would do."
+        return text + helps + untried
+
+    def _conflict(self) -> list[str]:
+        """The constraints, many of one kind in one part."""
+        words = []
+        for kind in dict.fromkeys(group.kind for group in self.conflict):
+            same = [index for index, group in enumerate(self.conflict) if group.kind == kind]
+            if len(same) <= _MANY:
+                words += [self.conflict_words[index] for index in same]
+                continue
+            names = ", ".join(self.conflict[index].name for index in same[:_MANY])
+            words.append(f"{kind} of {len(same)} {_OF.get(kind, 'jobs')} ({names} and {len(same) - _MANY} more)")
+        return words
 
 
 def explain(problem: Problem, *, seconds: float = 60.0) -> Explanation | None:
@@ -65,7 +85,11 @@ def explain(problem: Problem, *, seconds: float = 60.0) -> Explanation | None:
         return None
     conflict = _irreducible(everything, lambda kept: clock.possible(set(everything) - set(kept)) is False)
     irreducible = not clock.unknown
-    singles = tuple(found for group in conflict if (found := _relax(clock, group)) is not None)
+    clock.unknown = False
+    # What is bought is asked for first, as a job less is the last thing a person wants and takes longest to work out.
+    order = sorted(conflict, key=lambda group: (group.kind == "demand", group.kind not in _AMOUNTS, group))
+    singles = tuple(found for group in order if (found := _relax(clock, group)) is not None)
+    all_tried = not clock.unknown
     singles = tuple(sorted(singles, key=lambda each: math.inf if each.part is None else each.part))
     together = () if singles else _together(clock, conflict)
     return Explanation(
@@ -74,6 +98,7 @@ def explain(problem: Problem, *, seconds: float = 60.0) -> Explanation | None:
         irreducible=irreducible,
         relaxations=singles,
         together=together,
+        all_tried=all_tried,
         seconds=time.perf_counter() - start,
     )
 
@@ -115,7 +140,8 @@ def in_words(problem: Problem, group: Group) -> str:
 def _nowhere(problem: Problem, job: str) -> str:
     """What is known of a job that has a rate on few pools only."""
     able = [pool.name for pool in problem.pools if (job, pool.name) in problem.rate_of]
-    if len(able) == len(problem.pools):
+    # A job that most pools can run is not short of pools.
+    if 2 * len(able) > len(problem.pools):
         return ""
     why = {each.pool: each.reason for each in problem.no_rates if each.job == job}
     unable = [pool.name for pool in problem.pools if pool.name not in able]
@@ -150,6 +176,7 @@ class _Clock:
         cost = {index: 1 / _limit(self.problem, group) for group, index in program.slack.items()}
         answer = run(program, cost, gap=0.001, seconds=self.left())
         if answer.values is None:
+            self.unknown |= not answer.infeasible
             return answer, {}
         return answer, {group: float(answer.values[index]) for group, index in program.slack.items()}
 

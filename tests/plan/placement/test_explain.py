@@ -135,6 +135,16 @@ def test_limits_that_are_short_in_two_places():
     assert [each.words for each in why.together] == ["2 chips more in pool 'a'", "3 chips more in pool 'b'"]
 
 
+def test_many_of_one_kind_are_told_in_one():
+    # Seven of them need 70 chips; any six would fit.
+    asked = problem([serve(f"j{index}") for index in range(7)], [pool("a", 69)])
+    why = explain(asked)
+    assert why is not None and why.all_tried
+    assert (
+        "These cannot all hold: pool 'a' has 69 chips; demand of 7 jobs (j0, j1, j2, j3, j4 and 2 more)." in why.words()
+    )
+
+
 def test_possible_problem_has_nothing_to_explain():
     assert explain(problem([serve()], [pool("a", 20)])) is None
 
