@@ -26,13 +26,13 @@ from anypool.plan.placement.decide import (
     runner_ups,
     shadow_prices,
 )
-from anypool.plan.placement.errors import AuditError, NoPlanFoundError, PlacementError
+from anypool.plan.placement.errors import AuditError, NoPlanError, NoPlanFoundError, PlacementError
 from anypool.plan.placement.explain import Explanation, Relaxation, explain
 from anypool.plan.placement.jsonform import as_json, plan_from_json, problem_from_json
 from anypool.plan.placement.plan import Assignment, Failover, Plan, Reserve
 from anypool.plan.placement.problem import Job, Limits, NoRate, PoolOffer, Problem, Rate
 from anypool.plan.placement.show import print_plan
-from anypool.plan.placement.solver import NoPlanError, Options, solve
+from anypool.plan.placement.solver import Options, solve
 
 __all__ = [
     "Alternative",

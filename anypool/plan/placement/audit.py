@@ -13,8 +13,8 @@ from typing import Any, Protocol
 from anypool.plan.placement.plan import Plan
 from anypool.plan.placement.problem import Job, PoolOffer, Problem, Rate
 
-# Of each limit: what floating point may take from it.
-_TOLERANCE = 1e-6
+# Of each limit: what floating point may take from it. The solver's own tolerance is a tenth of this.
+_TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)

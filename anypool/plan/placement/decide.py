@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from anypool.plan.placement.errors import PlacementError, number
+from anypool.plan.placement.errors import NoPlanError, PlacementError, number
 from anypool.plan.placement.plan import Plan
 from anypool.plan.placement.problem import Problem, Scope
-from anypool.plan.placement.solver import NoPlanError, Options, solve
+from anypool.plan.placement.solver import Options, solve
 
 # Prices between which a pool's break-even is looked for, USD a chip-hour.
 CHEAPEST, DEAREST = 0.001, 200.0
@@ -161,8 +161,7 @@ def runner_ups(problem: Problem, best: Plan, options: Options | None = None, *, 
     for pool in best.pools[:tries]:
         try:
             plan = solve(problem.without(pool=pool), options)
-        except (NoPlanError, PlacementError):
-            # The last pool, or the last one of a region that a job is bound to.
+        except NoPlanError:
             continue
         found.append(Alternative(pool, plan, difference(best, plan)))
     return sorted(found, key=lambda each: each.plan.value)
@@ -256,14 +255,13 @@ def lock_in(
     number("lock_in", "porting_usd", porting_usd, 0, 1e12, "USD", "what it costs to make the jobs run elsewhere")
     if problem.objective != "cost":
         raise PlacementError(f"lock_in: objective = {problem.objective!r}: it is counted in money; use 'cost'")
-    left = problem.without(**{scope: name})
     stranded = 0.0
     for pool in problem.pools:
         if pool.of(scope) == name and pool.committed_chips:
             hours = sum(each.committed_chips * each.hours for each in best.assignments if each.pool == pool.name)
             stranded += pool.committed_usd * min(1.0, hours / (pool.committed_chips * problem.hours))
     try:
-        plan = solve(left, options)
+        plan = solve(problem.without(**{scope: name}), options)
     except NoPlanError:
         return LockIn(scope, name, None, porting_usd, stranded, None)
     change = difference(best, plan)

@@ -11,6 +11,14 @@ class PlacementError(ValueError):
     """A mistake in the problem. The message names the thing, the field, the value, what is plausible and the fix."""
 
 
+class NoPlanError(ValueError):
+    """No plan meets all constraints. `explain` says which conflict and what would help."""
+
+
+class NowhereError(PlacementError, NoPlanError):
+    """A problem in which a job has no pool where it may be: a misspelt region, or the last pool there is gone."""
+
+
 class NoPlanFoundError(RuntimeError):
     """The time ended before the solver had any plan; whether there is one is not known."""
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
 
-from anypool.plan.placement.errors import PlacementError, member, members, number, text, truth, whole
+from anypool.plan.placement.errors import NowhereError, PlacementError, member, members, number, text, truth, whole
 from anypool.pools.fleet import ROLES
 
 Kind = Literal["train", "serve"]
@@ -310,7 +310,7 @@ class Problem:
                 member("limits", name, region, regions)
         for job in self.jobs:
             if job.regions and not set(job.regions) & set(regions):
-                raise PlacementError(
+                raise NowhereError(
                     f"job {job.name!r}: regions = {job.regions!r}: no pool is in any; known here: {', '.join(regions)}"
                 )
 
@@ -355,7 +355,7 @@ class Problem:
                 member("without", scope, value, sorted({each.of(scope) for each in self.pools}))  # type: ignore[arg-type]
                 gone |= {each.name for each in self.pools if each.of(scope) == value}  # type: ignore[arg-type]
         if len(gone) == len(self.pools):
-            raise PlacementError("without: no pool is left; keep at least one")
+            raise NowhereError("without: no pool is left; keep at least one")
         pools = tuple(each for each in self.pools if each.name not in gone)
         regions = {each.region for each in pools}
         before = self.limits

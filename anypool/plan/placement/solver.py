@@ -12,7 +12,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
 
 from anypool.plan.placement.audit import Use, at_risk, audit, bill
-from anypool.plan.placement.errors import AuditError, NoPlanFoundError, member, number
+from anypool.plan.placement.errors import AuditError, NoPlanError, NoPlanFoundError, member, number
 from anypool.plan.placement.exhaustive import count_plans, enumerate_best
 from anypool.plan.placement.plan import Assignment, Failover, Plan, Reserve
 from anypool.plan.placement.problem import Problem
@@ -39,10 +39,6 @@ class Options:
         number("options", "gap", self.gap, 0, 0.5, "", "a part, 0.01 is one percent")
         number("options", "seconds", self.seconds, 0.01, 86400, "s", "60 is usual")
         member("options", "method", self.method, ("auto", "milp", "enumeration"))
-
-
-class NoPlanError(ValueError):
-    """No plan meets all constraints. `explain` says which conflict and what would help."""
 
 
 @dataclass(frozen=True)

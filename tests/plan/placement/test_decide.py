@@ -76,6 +76,14 @@ def test_lock_in_without_a_way_out():
     assert cost.extra is None and cost.total_usd is None
 
 
+def test_last_pool_of_a_region_locks_in():
+    asked = problem([serve(regions=("a",))], [pool("a", 30), pool("b", 30)])
+    best = solve(asked, EXACT)
+    assert lock_in(asked, best, EXACT, name="a").extra is None
+    with pytest.raises(NoPlanError, match="job 'chat': regions"):
+        lose(asked, best, EXACT, pool="a")
+
+
 def test_shadow_price_of_chips():
     # a is full with 10 chips; the other 10 are bought at b. One more slice of a saves 1 USD for 100 h.
     asked = problem([serve(speed=2000.0, may_split=True)], [pool("a", 10, 1.0), pool("b", 30, 2.0)])

@@ -4,6 +4,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
 from typing import Any
 
 import pytest
@@ -153,6 +154,17 @@ def test_json_there_and_back(asked: Problem):
     again = plan_from_json(as_json(plan))
     assert again == plan
     assert audit(asked, again) == ()
+
+
+def test_example_of_the_page():
+    page = resources.files("anypool.plan.placement").joinpath("README.md").read_text(encoding="utf-8")
+    example = page.split("```python")[1].split("```")[0].replace("print_plan(problem, solve(problem))", "")
+    names = {}
+    exec(example, names)
+    plan = solve(names["problem"])
+    # The H100s are cheaper for a token; should they go, the TPUs take over.
+    assert [each.pool for each in plan.assignments] == ["gpu"]
+    assert [(each.loss, each.pool) for each in plan.failovers] == [("vendor nvidia", "tpu")]
 
 
 def test_plan_as_a_table():

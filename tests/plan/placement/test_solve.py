@@ -167,6 +167,24 @@ def test_out_of_time_is_never_called_optimal(monkeypatch: pytest.MonkeyPatch):
     assert "may exist, by at most 50.00%" in plan.how_good()
 
 
+def test_drops_that_are_not_proven_are_told(monkeypatch: pytest.MonkeyPatch):
+    real = solver.milp  # type: ignore[attr-defined]
+    answers: list[Any] = []
+
+    def first_stopped(*arguments: Any, **options: Any) -> Any:
+        result = real(*arguments, **options)
+        if not answers:
+            result.status, result.mip_dual_bound = 1, result.mip_dual_bound - 1
+        answers.append(result)
+        return result
+
+    monkeypatch.setattr(solver, "milp", first_stopped)
+    asked = problem([serve("x", required=False), serve("y", required=False)], [pool("a", 15)])
+    plan = solve(asked, Options(method="milp"))
+    assert len(plan.dropped) == 1 and plan.proven and not plan.best_drop
+    assert "whether fewer jobs need to be dropped is not known" in plan.how_good()
+
+
 def test_no_plan_in_time_is_not_called_impossible(monkeypatch: pytest.MonkeyPatch):
     real = solver.milp  # type: ignore[attr-defined]
 
