@@ -161,7 +161,9 @@ def check_loss(
     staying = [use for use in left if use.job in survivors]
     broken += _places(problem, _chips_by_pool(problem, [*staying, *moved]), when)
     if problem.reserve == "held":
-        giving = _chips_by_pool(problem, [use for use in left if use.job not in survivors])
+        # A training job gives its chips back when it is done, and the loss may come after that.
+        serving = [use for use in left if use.job not in survivors and problem.job(use.job).kind == "serve"]
+        giving = _chips_by_pool(problem, serving)
         for pool, chips in _chips_by_pool(problem, moved).items():
             room = reserve.get(pool, 0) + giving[pool]
             if chips > room:

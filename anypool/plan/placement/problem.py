@@ -35,7 +35,8 @@ class Job:
     regions: where its data may be; () = anywhere. min_tier: 0 (development) to 3 (confidential chips).
     roles: which roles a pool must have; () = the job's kind.
     survives: it still fits after any one of the problem's losses, then with `surviving_share` of its demand (of its
-    tokens per second; of its speed, for training). Jobs that do not survive give their chips to those that do.
+    tokens per second; of its speed, for training). Jobs that do not survive give their chips to those that do
+    (to a reserve that is held, only serving jobs do).
     required: False lets the planner drop it; among those, the largest sum of `priority` is placed.
     may_split: several pools may serve it together. A training job runs on one pool.
     """

@@ -236,14 +236,18 @@ class _Builder:
         self._limits({name: terms | new[name] for name, terms in use.items()}, left)
 
     def _from_reserve(self, new: Mapping[str, Terms], left: Iterable[PoolOffer], staying: Collection[str]) -> None:
-        """What moves fits into the reserve of its new pool and the chips of those who give way there."""
+        """What moves fits into the reserve of its new pool and the chips of those who give way there.
+
+        Only serving jobs count for that: a training job has its chips no longer than until it is done.
+        """
         for pool in left:
             terms = dict(new[pool.name])
             if not terms:
                 continue
             terms[self.program.held[pool.name]] = -float(pool.slice_chips)
             for index in self.by_pool[pool.name]:
-                if self.program.taken[index].job not in staying:
+                job = self.problem.job(self.program.taken[index].job)
+                if job.kind == "serve" and job.name not in staying:
                     terms[index] = -float(self.program.taken[index].chips)
             self.program.row(terms, high=0.0)
 

@@ -188,11 +188,11 @@ def _reserve(
     problem: Problem, program: Program, values: Any, uses: Uses, after: Mapping[str, Sequence[Use]]
 ) -> dict[str, int]:
     """What is held, no more than some loss asks for: where holding costs nothing the programme leaves that open."""
-    survivors = {job.name for job in problem.jobs if job.survives}
+    giving_way = {job.name for job in problem.jobs if job.kind == "serve" and not job.survives}
     reserve = {}
     for name, index in program.held.items():
         size = problem.pool(name).slice_chips
-        giving = sum(use.chips for use in uses if use.pool == name and use.job not in survivors)
+        giving = sum(use.chips for use in uses if use.pool == name and use.job in giving_way)
         moved = [sum(use.chips for use in each if use.pool == name) for each in after.values()]
         chips = min(round(values[index]) * size, max(0, -(-(max(moved, default=0) - giving) // size) * size))
         if chips:
