@@ -18,7 +18,8 @@ EXPLAINED_BY_EXAMPLE = [
 ]  # fmt: skip
 COMMANDS = [
     [], ["drill"], ["bench"], ["runs"], ["runs", "list"], ["runs", "show"], ["runs", "plot"],
-    ["data"], ["data", "inspect"], ["data", "example-chat"], ["plan"], ["plan", "validate"], ["plan", "calibrate"], *EXPLAINED_BY_EXAMPLE
+    ["data"], ["data", "inspect"], ["data", "example-chat"], ["plan"], ["plan", "validate"], ["plan", "calibrate"],
+    *EXPLAINED_BY_EXAMPLE,
 ]  # fmt: skip
 
 

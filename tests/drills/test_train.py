@@ -84,7 +84,9 @@ def test_a_store_that_vanishes_and_comes_back(tmp_path):
         committed = run.wait("committed", lambda event: event["step"] >= 10)["step"]
         (tmp_path / "store").rename(away)
         assert "the folder vanished" in run.wait("commit_failed")["reason"]
-        with pytest.raises(RunFailedError, match=r"no heartbeat could be written for 3 s: .*what was committed is kept"):
+        with pytest.raises(
+            RunFailedError, match=r"no heartbeat could be written for 3 s: .*what was committed is kept"
+        ):
             run.finish()
     finally:
         run.stop()

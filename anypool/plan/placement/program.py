@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_array  # type: ignore[import-untyped]
+from scipy.sparse import csr_array
 
 from anypool.plan.placement.columns import Column, Group, Loss, columns, losses, needs_price, rules_against, unknowns
 from anypool.plan.placement.problem import Job, PoolOffer, Problem

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp  # type: ignore[import-untyped]
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from anypool.plan.placement.audit import Use, at_risk, audit, bill
 from anypool.plan.placement.errors import AuditError, NoPlanError, NoPlanFoundError, member, number
