@@ -62,11 +62,11 @@ def test_two_hosts_hold_a_run_together_and_one_is_lost(tmp_path):
     run = DrillRun(tmp_path, "hosts", steps=20, seed=0, pools="hb", throttle=0.05)
     try:
         run.start()
-        run.wait("step", lambda event: event["step"] >= 7)
+        committed = run.wait("committed")["step"]
         first, second = run.controller.trainer.pids
         os.kill(second, signal.SIGKILL)
         assert run.wait("starting")["pool"] == "b"
-        assert run.wait("restored")["step"] == 5
+        assert run.wait("restored")["step"] >= committed
         assert run.wait("gate")["passed"]
         run.finish()
     finally:
