@@ -13,7 +13,7 @@ from anypool import cli
 
 EXPLAINED_BY_EXAMPLE = [
     ["up"], ["worker"], ["generate"], ["chips"], ["check"], ["train"],
-    ["drill", "serve"], ["drill", "train"], ["bench", "serve"], ["data", "prepare"],
+    ["drill", "serve"], ["drill", "train"], ["bench", "serve"], ["data", "prepare"], ["runs", "export"],
     ["plan", "predict"],
 ]  # fmt: skip
 COMMANDS = [

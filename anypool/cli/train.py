@@ -90,6 +90,25 @@ def runs_plot(
     typer.echo(str(plot_run(store, run, out)))
 
 
+@runs.command("export")
+def runs_export(
+    run: Annotated[str, typer.Argument(help="The run's name.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="A folder to make.", show_default=False)],
+    step: Annotated[int | None, typer.Option(min=1, help="Which checkpoint. Default: the last.")] = None,
+    store: StoreOption = ".",
+) -> None:
+    """Write a checkpoint as a model directory for other tools: without the optimizer, adapters merged.
+
+    **Examples**
+
+    - `anypool runs export lora-smollm2 ./my-model`
+    - `anypool generate ./my-model "What does os.path.join do?"`
+    """
+    from anypool.train.run.export import export
+
+    typer.echo(str(export(store, run, out, step)))
+
+
 @data.command("prepare")
 def data_prepare(
     path: Annotated[str, typer.Argument(help="A file, a folder, or a pattern such as 'corpus/*.txt'.")] = "",

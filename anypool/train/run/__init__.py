@@ -7,4 +7,5 @@
     controller.py   one run from wherever it is to its end     launch.py    a trainer as processes of this machine
     trainer.py      a trainer's process                        epoch.py     what it does with its assignment
     loop.py         steps, evaluations, commits                gate.py      whether a pool computes what was recorded
+    command.py      `anypool train`                            export.py    a checkpoint as a model directory for others
 """

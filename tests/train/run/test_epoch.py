@@ -2,10 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from anypool.models import Checkpoint, ModelConfig, Tokenizer
 from anypool.store import Store, load, verify
@@ -14,6 +16,7 @@ from anypool.train.errors import RunFileError
 from anypool.train.report import account, read_run
 from anypool.train.run import directory
 from anypool.train.run.command import prepare
+from anypool.train.run.export import ExportError, export
 from anypool.train.run.file import parse_run
 from anypool.train.run.launch import FINISHED, REFUSED, STOPPED
 from tests.train.run.small_run import SmallRun
@@ -144,6 +147,43 @@ def test_adapters_beside_a_model(tmp_path):
     names = {entry.key for entry in run.store.at(last.folder).list()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
     assert not any(name.startswith("model") for name in names)
+    # For tools that know no adapters: one model, its changed weights as LoRA's formula has them.
+    out = export(str(tmp_path / "adapted" / "store"), "small", tmp_path / "merged")
+    merged, before = Checkpoint.open(out), Checkpoint.open(Path(model))
+    adapter = load_file(tmp_path / "adapted/store/runs/small" / last.folder / "adapter_model.safetensors")
+    name = "model.layers.0.mlp.up_proj"
+    low, high = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    expected = before[f"{name}.weight"] + 16 / 2 * high @ low
+    np.testing.assert_allclose(merged[f"{name}.weight"], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(merged["model.norm.weight"], before["model.norm.weight"])
+    assert ModelConfig.load(out) == ModelConfig.load(Path(model))
+    assert not list(out.glob("adapter*")) and not list(out.glob("optimizer*"))
+
+
+def test_exports_that_cannot_be(tmp_path):
+    run = SmallRun(tmp_path)
+    store = str(tmp_path / "store")
+    with pytest.raises(ExportError, match=r"run 'small' in .* has no committed checkpoint"):
+        export(store, "small", tmp_path / "out")
+    assert run.train(after(run, 5)) == STOPPED
+    steps = [info.step for info in Checkpoints(run.store, None).committed()]
+    with pytest.raises(
+        ExportError, match=f"step 99 of run 'small' is not committed; these are: {steps[0]}, {steps[1]}"
+    ):
+        export(store, "small", tmp_path / "out", step=99)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(ExportError, match="full is there already"):
+        export(store, "small", tmp_path / "full")
+    folder = Checkpoints(run.store, None).latest().folder
+    shard = next(entry.key for entry in run.store.at(folder).list() if entry.key.startswith("model-"))
+    data = bytearray(run.store.at(folder).get(shard))
+    data[-1] ^= 1
+    run.store.at(folder).put(shard, bytes(data))
+    with pytest.raises(ExportError, match=f"{shard} has the hash"):
+        export(store, "small", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert ModelConfig.load(export(store, "small", tmp_path / "out", step=4)).hidden_size == 16
 
 
 def test_a_run_that_is_done_has_nothing_to_do(tmp_path):
