@@ -65,6 +65,7 @@ keep_last = 4
 [watch]
 heartbeat_seconds = 0.2
 lease_seconds = {lease_seconds}
+{watch}
 """
 
 POOLS = {
@@ -93,12 +94,18 @@ class DrillRun:
         pools: Iterable[str],
         throttle: float,
         lease_seconds: float = 60.0,
+        watch: str = "",
     ) -> None:
-        """throttle: seconds that trainers pause after each step. pools: names of POOLS, in the order of preference."""
+        """throttle: seconds that trainers pause after each step. pools: names of POOLS, in the order of preference.
+
+        watch: more lines of the run file's [watch].
+        """
         topics = folder / "topics.txt"
         if not topics.is_file():
             topics.write_text("\n\n".join(pydoc_data.topics.topics.values()), encoding="utf-8")
-        text = RUN.format(name=name, steps=steps, seed=seed, every=EVERY_STEPS, lease_seconds=lease_seconds)
+        text = RUN.format(
+            name=name, steps=steps, seed=seed, every=EVERY_STEPS, lease_seconds=lease_seconds, watch=watch
+        )
         text += "".join(f'\n[[pool]]\nname = "{pool}"\nchip = "cpu"\n{POOLS[pool]}' for pool in pools)
         path = folder / f"{name}.toml"
         path.write_text(text, encoding="utf-8")

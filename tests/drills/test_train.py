@@ -58,6 +58,19 @@ def test_a_trainer_that_hangs_counts_as_lost(tmp_path):
 
 
 @pytest.mark.timeout(600)
+def test_steps_that_do_not_end_count_as_lost_though_the_heart_beats(tmp_path):
+    watch = "hang_seconds = 1.5\nattempts = 2"
+    run = DrillRun(tmp_path, "stuck", steps=20, seed=0, pools="b", throttle=1000, watch=watch)
+    try:
+        run.start()
+        assert "no step for 2 s (watch.hang_seconds 1.5)" in run.wait("lost")["reason"]
+        with pytest.raises(RunFailedError, match=r"2 trainers in a row were lost without a commit .*no step for"):
+            run.finish()
+    finally:
+        run.stop()
+
+
+@pytest.mark.timeout(600)
 def test_two_hosts_hold_a_run_together_and_one_is_lost(tmp_path):
     run = DrillRun(tmp_path, "hosts", steps=20, seed=0, pools="hb", throttle=0.05)
     try:
