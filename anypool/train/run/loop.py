@@ -223,9 +223,9 @@ class Loop:
             except LeaseLostError:
                 raise
             except StoreError as error:
-                # What came before is kept. The next interval tries again; the last commit has no next.
+                # What came before is kept, and this state is tried after it; then the next interval, if there is one.
                 self._commit_failed(error)
-                if not last or attempt == 2:
+                if attempt == 2:
                     if last:
                         raise
                     return
