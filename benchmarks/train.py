@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from anypool.train.run.launch import KEEP_MEMORY
+
 PEER = Path(__file__).with_name("train_peer.py")
 OPTIMIZER = {"learning_rate": 3e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0}
 AGREE = 2e-3
@@ -184,8 +186,13 @@ class Engine:
 @contextlib.contextmanager
 def engine(command: list[str], directory: Path, settings: dict[str, Any]) -> Iterator[Engine]:
     """A process that trains when asked."""
+    ours = {} if command[-1] == str(PEER) else {"GLIBC_TUNABLES": KEEP_MEMORY}  # as a trainer has it
     process = subprocess.Popen(
-        [*command, str(directory), json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*command, str(directory), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | ours,
     )
     try:
         about = _read(process)

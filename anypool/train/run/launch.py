@@ -30,6 +30,11 @@ FINISHED, FAILED, USER_ERROR, STOPPED, FENCED, REFUSED = 0, 1, 2, 10, 11, 12
 the lease; it does not compute what was recorded (the gate), or the pool is not what the run file says."""
 
 
+KEEP_MEMORY = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
+"""For a CPU's trainer: glibc keeps what a step frees for the next one, which allocates the same again. Given back, every
+page would be mapped and cleared anew in every step. It costs at most the memory of one step's largest arrays."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """What a trainer is told.
@@ -61,6 +66,7 @@ def environment(pool: RunPool, base: Mapping[str, str] = os.environ) -> dict[str
     if platform == "cpu":
         kept = [flag for flag in made.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in flag]
         made["XLA_FLAGS"] = " ".join([*kept, f"--xla_force_host_platform_device_count={pool.devices // pool.hosts}"])
+        made.setdefault("GLIBC_TUNABLES", KEEP_MEMORY)
     return made
 
 
