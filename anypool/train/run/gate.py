@@ -70,6 +70,18 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"passed": self.passed}
 
+    def facts(self) -> dict[str, Any]:
+        """What a run's record keeps of it, in a line."""
+        return {
+            "step": self.recorded.step,
+            "recorded_on": f"{self.recorded.chip}, {self.recorded.mesh}",
+            "loss": self.replayed.loss,
+            "loss_difference": self.loss_difference,
+            "loss_allowed": self.loss_allowed,
+            "gradient_norm_difference": self.gradient_norm_difference,
+            "gradient_norm_allowed": self.gradient_norm_allowed,
+        }
+
 
 def compare(
     recorded: Recorded, replayed: Recorded, loss: float | None = None, gradient_norm: float | None = None

@@ -31,8 +31,8 @@ the lease; it does not compute what was recorded (the gate), or the pool is not 
 
 
 KEEP_MEMORY = "glibc.malloc.arena_max=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
-"""For a CPU's trainer: glibc keeps what a step frees for the next one, which allocates the same again. Given back, every
-page would be mapped and cleared anew in every step. It costs at most the memory of one step's largest arrays."""
+"""For a CPU's trainer: glibc keeps what a step frees for the next one, which allocates the same again. Given back,
+every page would be mapped and cleared anew in every step. It costs at most the memory of one step's largest arrays."""
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class Loop:
         comparison = gate.compare(
             recorded, self._record(number, loss, gradient_norm), allowed.loss, allowed.gradient_norm
         )
-        self.recorder.event("gate" if comparison.passed else "refused", **comparison.as_json())
+        self.recorder.event("gate passed" if comparison.passed else "refused", **comparison.facts())
         if not comparison.passed:
             raise GateRefusedError(comparison)
         log.info("gate passed: %s", comparison)
