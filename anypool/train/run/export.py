@@ -44,13 +44,15 @@ def export(store_url: str, run: str, out: Path, step: int | None = None) -> Path
     place = Store.open(store_url).at(f"runs/{run}")
     info = _chosen(place, run, step)
     # Made beside and moved as a whole, so that a folder that is there is complete.
-    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as made:
-        _fetch(place.at(info.folder), load(place, info.folder), Path(made))
-        if (Path(made) / ADAPTER_CONFIG).is_file():
-            _merge(Path(made))
+    with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as beside:
+        made = Path(beside) / "model"
+        made.mkdir()
+        _fetch(place.at(info.folder), load(place, info.folder), made)
+        if (made / ADAPTER_CONFIG).is_file():
+            _merge(made)
         if out.exists():
             out.rmdir()
-        shutil.copytree(made, out)
+        made.rename(out)
     return out
 
 
