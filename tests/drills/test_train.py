@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -86,6 +87,37 @@ def test_two_hosts_hold_a_run_together_and_one_is_lost(tmp_path):
         run.stop()
     assert first != second
     assert sorted(run.samples()) == list(range(1, 21))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is there and more than a name that its parent has not taken yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.timeout(600)
+def test_a_controller_that_is_killed_leaves_no_trainer_and_the_same_command_goes_on(tmp_path):
+    run = DrillRun(tmp_path, "orphan", steps=400, seed=0, pools="b", throttle=0, lease_seconds=4)
+    path, leases = tmp_path / "orphan.toml", Leases(run.store, ttl_seconds=4)
+    first = Command(str(path))
+    try:
+        until(lambda: Checkpoints(run.store, None).latest() is not None)
+        children = Path(f"/proc/{first.process.pid}/task/{first.process.pid}/children").read_text().split()
+        assert children
+        first.process.kill()
+        first.end()
+        until(lambda: not any(alive(int(child)) for child in children))
+    finally:
+        first.process.kill()
+    done = Checkpoints(run.store, None).latest().step
+    assert leases.released(leases.current().number) is None
+    path.write_text(path.read_text().replace("steps = 400", f"steps = {done + 6}"))
+    code, out, errors = Command(str(path), "--format", "json").end()
+    assert code == 0, errors
+    assert json.loads(out)["steps"] == done + 6
+    assert leases.current().number == 2
 
 
 @pytest.mark.timeout(600)

@@ -173,16 +173,22 @@ def _held(file: RunFile, store: Store) -> _HeldBy | None:
 
 
 def _refuse_a_live_holder(file: RunFile, store: Store) -> None:
-    """Raises RunFailedError if a trainer holds the run; one that has just died is waited for."""
+    """Raises RunFailedError if a trainer holds the run and is seen to beat; one that died is waited for.
+
+    A fresh heartbeat alone says nothing: its writer may have been killed a moment ago.
+    """
+    seen: tuple[int, float] | None = None
     told = False
     while (held := _held(file, store)) is not None:
-        silent = time.time() - held.last
-        if silent < SILENT_BEATS * file.watch.heartbeat_seconds + 1:
+        now = (held.lease.number, held.last)
+        if seen not in (None, now):
             raise RunFailedError(
                 f"run {file.name!r} is held by {held}. To move it, add --move-to POOL; to take it from that trainer, "
                 "--take-over"
             )
-        if not told:
+        seen = now
+        silent = time.time() - held.last
+        if not told and silent > SILENT_BEATS * file.watch.heartbeat_seconds:
             left = file.watch.lease_seconds - silent
             log.warning("%s is silent; its lease is over in %.0f s (--take-over does not wait)", held, left)
             told = True

@@ -10,14 +10,13 @@ import logging
 import os
 import queue
 import socket
-import threading
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anypool.store import Holder, LeaseHeldError, Leases, Store, StoreError
+from anypool.store import Holder, Leases, Store, StoreError
 from anypool.train.errors import RunFailedError
 from anypool.train.report import account, read_run
 from anypool.train.run import requests
@@ -77,7 +76,6 @@ class Controller:
         self._observe, self._on_log = observe, on_log
         self._trace, self._throttle = trace, throttle_seconds
         self._choice = PoolChoice([pool.name for pool in file.pools])
-        self._woken = threading.Event()
 
     def run(self, first: str | None = None, fence: bool = False) -> str:
         """Trains until all steps are done or a person stops it; "finished" or "stopped".
@@ -132,7 +130,7 @@ class Controller:
         if wait:
             log.info("every pool rests; %s is tried again in %.0f s", name, wait)
         while time.monotonic() < end and not self.asked.stop:
-            self._woken.wait(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
+            time.sleep(POLL_SECONDS)
         return None if self.asked.stop else self.file.pool(name)
 
     def _hold(self, pool: RunPool, fence: bool) -> Ending:
@@ -284,6 +282,3 @@ class _Watch:
         if kind in ("ending", "refused", "error"):
             self.said = event
         self.controller._observe({**event, "epoch": self.epoch, "received": time.monotonic()})
-
-
-__all__ = ["Ask", "Controller", "Ending", "LeaseHeldError", "Observer"]
